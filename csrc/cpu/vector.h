@@ -1,0 +1,181 @@
+// One vector type on GCC/Clang vector extensions: the same source is compiled once per
+// instruction set (KTO_VECTOR_BYTES wide), so no kernel is written twice.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef KTO_VECTOR_BYTES
+#error "KTO_VECTOR_BYTES: compile with the vector width of the instruction set"
+#endif
+
+// Internal linkage throughout: code compiled for AVX-512 must never be the copy that the linker
+// keeps for a baseline machine.
+namespace {
+
+constexpr int kLanes = KTO_VECTOR_BYTES / 4;
+typedef float Floats __attribute__((vector_size(KTO_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(KTO_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(KTO_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(KTO_VECTOR_BYTES / 2)));
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats to_float(Halves h, bf16) {
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+inline Halves from_float(Floats f, bf16) {
+  const Words bits = (Words)f;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  const Words quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(f == f ? rounded : quiet, Halves);
+}
+
+inline Floats to_float(Halves h, f16) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)h);
+#else
+  const Words w = __builtin_convertvector(h, Words);
+  const Floats scaled = (Floats)((w & 0x7fffu) << 13) * 0x1p112f;  // subnormals come out normal
+  const Words finite = (Words)scaled;
+  const Words special = ((w & 0x7fffu) << 13) | 0x7f800000u;  // inf and NaN
+  return (Floats)(((w & 0x7c00u) == 0x7c00u ? special : finite) | ((w & 0x8000u) << 16));
+#endif
+}
+
+inline Halves from_float(Floats f, f16) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Words sign = (Words)f & 0x80000000u;
+  const Words bits = (Words)f ^ sign;
+  const Words normal = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
+  const Words subnormal = (Words)((Floats)bits + splat(0.5f)) - 0x3f000000u;
+  const Words nan = Words{} + 0x7e00u, inf = Words{} + 0x7c00u;
+  const Words large = bits > 0x7f800000u ? nan : inf;
+  const Words half = bits >= 0x47800000u ? large : bits < 0x38800000u ? subnormal : normal;
+  return __builtin_convertvector(half | (sign >> 16), Halves);
+#endif
+}
+
+inline Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+template <class T>
+inline Floats load(const T* p) {
+  Halves h;
+  memcpy(&h, p, sizeof h);
+  return to_float(h, T{});
+}
+template <class T>
+inline void store(T* p, Floats v) {
+  const Halves h = from_float(v, T{});
+  memcpy(p, &h, sizeof h);
+}
+
+// The last n < kLanes values of a row; the missing lanes read -inf, the softmax's zero.
+template <class T>
+inline Floats load_tail(const T* p, int64_t n) {
+  T values[kLanes];
+  store(values, splat(-INFINITY));
+  memcpy(values, p, n * sizeof(T));
+  return load(values);
+}
+template <class T>
+inline void store_tail(T* p, Floats v, int64_t n) {
+  T values[kLanes];
+  store(values, v);
+  memcpy(p, values, n * sizeof(T));
+}
+
+template <class T>
+inline float load_one(const T* p) {
+  return load_tail(p, 1)[0];
+}
+template <class T>
+inline void store_one(T* p, float value) {
+  store_tail(p, splat(value), 1);
+}
+
+inline float reduce_max(Floats v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+inline double reduce_sum(Floats v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// x = n ln2 + r with |r| <= ln2 / 2; gives n and expm1(r). Cody-Waite reduction with the two-part
+// ln2 and the degree-6 polynomial of Cephes expf (Moshier), about one unit in the last place.
+struct Reduced {
+  Floats expm1;
+  Ints n;
+};
+inline Reduced reduce(Floats x) {
+  const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
+  const Floats shifted = x * 1.44269504088896341f + magic;
+  const Floats n = shifted - magic;
+  Floats r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r;
+  return {p, (Ints)shifted - (Ints)magic};
+}
+
+inline Floats power_of_two(Ints n) { return (Floats)((n + 127) << 23); }
+
+// exp(x) for x <= 0, subnormal results included; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+  x = x < -104.0f ? splat(-104.0f) : x;  // exp(-104) rounds to 0
+  const Reduced e = reduce(x);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)(e.expm1 + 1.0f),
+                                  _mm512_cvtepi32_ps((__m512i)e.n));
+#else
+  const Ints half = e.n >> 1;
+  return (e.expm1 + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
+#endif
+}
+
+// tanh(x) = e / (e + 2), e = expm1(2|x|): accurate near 0 too.
+inline Floats tanh(Floats x) {
+  const Words sign = (Words)x & 0x80000000u;
+  Floats a = (Floats)((Words)x ^ sign);
+  a = a > 10.0f ? splat(10.0f) : a;  // tanh(10) is 1 in fp32
+  const Reduced reduced = reduce(a + a);
+  const Floats power = power_of_two(reduced.n);
+  const Floats e = reduced.expm1 * power + (power - 1.0f);
+  return (Floats)((Words)(e / (e + 2.0f)) | sign);
+}
+
+}  // namespace

@@ -1,0 +1,102 @@
+// What a kernel is told about one set of logits: where row n lies, which label scores it, and
+// which sequence it belongs to. Plain data, shared by host and device.
+#pragma once
+
+#include <stdint.h>
+
+#include "value.h"
+
+namespace kto {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// int32 or int64 indices behind one pointer; there are only O(N) of them.
+struct Indices {
+  const void* data;
+  bool is_int64;
+};
+
+KTO_HD int64_t index_at(const Indices& indices, int64_t i) {
+  return indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i]
+                          : static_cast<const int32_t*>(indices.data)[i];
+}
+
+// Padded: logits (B, T, V), labels (B, T), tokens = T. Packed: logits (N, V), labels (N,),
+// cu_seqlens (B + 1,), tokens = 0. Strides count elements; the vocabulary's own stride is 1.
+struct Rows {
+  const void* logits;
+  DType dtype;
+  int64_t n_rows, n_sequences, tokens, vocab;
+  int64_t logits_stride_b, logits_stride_t;
+  Indices labels;
+  int64_t labels_stride_b, labels_stride_t;
+  Indices cu_seqlens;
+  int64_t ignore_index;
+  bool shift;  // position t predicts the label of t + 1 of the same sequence
+};
+
+// [begin, end) of sequence i in rows.
+struct Range {
+  int64_t begin, end;
+};
+
+KTO_HD Range sequence_range(const Rows& rows, int64_t i) {
+  if (rows.tokens > 0) return {i * rows.tokens, (i + 1) * rows.tokens};
+  if (rows.cu_seqlens.data == nullptr) return {0, 0};  // padded with T = 0
+  return {index_at(rows.cu_seqlens, i), index_at(rows.cu_seqlens, i + 1)};
+}
+
+KTO_HD int64_t sequence_of(const Rows& rows, int64_t n) {
+  if (rows.tokens > 0) return n / rows.tokens;
+  int64_t low = 0, high = rows.n_sequences;  // cu_seqlens[low] <= n < cu_seqlens[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (index_at(rows.cu_seqlens, middle) <= n)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+KTO_HD int64_t logits_offset(const Rows& rows, int64_t n) {
+  if (rows.tokens == 0) return n * rows.logits_stride_t;
+  return n / rows.tokens * rows.logits_stride_b + n % rows.tokens * rows.logits_stride_t;
+}
+
+// The label that scores row n, or -1 where nothing does.
+KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
+  if (rows.shift && n + 1 >= sequence_range(rows, sequence_of(rows, n)).end) return -1;
+  const int64_t at = n + (rows.shift ? 1 : 0);
+  const int64_t offset =
+      rows.tokens == 0 ? at * rows.labels_stride_t
+                       : at / rows.tokens * rows.labels_stride_b + at % rows.tokens * rows.labels_stride_t;
+  const int64_t label = index_at(rows.labels, offset);
+  return (label == rows.ignore_index || label < 0 || label >= rows.vocab) ? -1 : label;
+}
+
+// z = softcap(x * logit_scale) / temperature, split so that the maximum is taken over scores u
+// and every exponent is scale * (u - max): u = x, or tanh(x * inner) under a softcap.
+struct Scale {
+  float inner;    // logit_scale / softcap, used under a softcap only
+  float scale;    // dz/du
+  float slope;    // dz/dx (times 1 - u^2 under a softcap)
+  bool softcap;
+};
+
+// Upstream gradient of row n: grad of its token, or of its sequence times the sequence's slope.
+struct Gradient {
+  const float* grad;        // (N,) without coefficients, else (B,) or one value
+  int64_t grad_stride;      // 0: one value for all sequences
+  const float* coefficients;  // (B,) or null
+};
+
+KTO_HD float gradient_of(const Gradient& gradient, const Rows& rows, int64_t n) {
+  if (gradient.coefficients == nullptr) return gradient.grad[n * gradient.grad_stride];
+  const int64_t i = sequence_of(rows, n);
+  const float slope = gradient.coefficients[i];
+  // A saturated sequence has gradient 0 whatever arrives from above.
+  return slope == 0 ? 0.0f : slope * gradient.grad[i * gradient.grad_stride];
+}
+
+}  // namespace kto

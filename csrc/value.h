@@ -1,0 +1,76 @@
+// The O(1) formulas of the loss, for host and device: the softmax merge, the label's
+// log-probability, and the value function with its derivative. Every native kernel calls these.
+#pragma once
+
+#include <math.h>
+
+#ifdef __CUDACC__
+#define KTO_HD __host__ __device__ static __forceinline__
+#else
+#define KTO_HD static inline
+#endif
+
+namespace kto {
+
+// A sum of exp(scale * (u - max)) over some of a row's scores u; empty: {-inf, 0}.
+template <class Real>
+struct Partial {
+  Real max, sum;
+};
+
+// a - b where two equal infinities leave -inf (saturated) instead of NaN.
+template <class Real>
+KTO_HD Real difference(Real a, Real b) {
+  return (isinf(a) && a == b) ? -Real(INFINITY) : a - b;
+}
+
+// exp(scale * (u - max)) for u <= max; 0 for u = -inf even where max is -inf too.
+template <class Real>
+KTO_HD Real decay(Real u, Real max, Real scale) {
+  return u == -Real(INFINITY) ? Real(0) : Real(exp(scale * (u - max)));
+}
+
+template <class Real>
+KTO_HD Partial<Real> merge(Partial<Real> a, Partial<Real> b, Real scale) {
+  const Real max = a.max > b.max ? a.max : b.max;
+  return {max, a.sum * decay(a.max, max, scale) + b.sum * decay(b.max, max, scale)};
+}
+
+// Stage token_logps: log-probability of the label with score y, given the partial softmax of all
+// *other* scores. Leaving the label out keeps log1p exact where the label is the maximum, which is
+// most tokens of a good completion.
+template <class Real>
+KTO_HD Real label_logp(Partial<Real> others, Real y, Real scale) {
+  if (isnan(others.sum) || isnan(y) || y == Real(INFINITY)) return Real(NAN);
+  if (y == -Real(INFINITY)) return y;
+  if (y >= others.max) return -log1p(others.sum * decay(others.max, y, scale));
+  return (y - others.max) * scale - log(others.sum + decay(y, others.max, scale));
+}
+
+template <class Real>
+KTO_HD Real sigmoid(Real x) {
+  if (x >= 0) return 1 / (1 + exp(-x));
+  const Real e = exp(x);
+  return e / (1 + e);
+}
+
+struct ValueOptions {
+  double beta, desirable_weight, undesirable_weight;
+};
+
+struct SequenceLoss {
+  double loss;   // lambda - v, computed as lambda * sigmoid(-x)
+  double slope;  // d loss / d log_ratio
+};
+
+// Stages value and loss of one sequence: x = +-beta (log_ratio - z0), loss = lambda sigmoid(-x).
+KTO_HD SequenceLoss sequence_loss(double log_ratio, double z0, bool desirable,
+                                  const ValueOptions& options) {
+  const double sign = desirable ? 1 : -1;
+  const double weight = desirable ? options.desirable_weight : options.undesirable_weight;
+  const double x = sign * options.beta * difference(log_ratio, z0);
+  const double below = sigmoid(-x);
+  return {weight * below, -sign * weight * options.beta * (sigmoid(x) * below)};
+}
+
+}  // namespace kto

@@ -1,0 +1,47 @@
+"""`python -m kto_kernels`: versions, devices, backends, and the reason for each backend that is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__
+from .backends import BACKENDS, PREFERENCE, available_backends, cpu
+
+
+def report() -> str:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    lines = [
+        f"kto_kernels {__version__}",
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"torch {torch.__version__}, triton {version('triton')}",
+        f"cpu: {os.cpu_count()} logical processors, torch uses {torch.get_num_threads()} threads",
+    ]
+    if cpu.instruction_sets():
+        lines[-1] += f"; instruction sets {', '.join(cpu.instruction_sets())}, in use {cpu.instruction_set()}"
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+    else:
+        lines.append("cuda: no device")
+    for device in devices:
+        reasons = available_backends(device)
+        chosen = next(name for name in PREFERENCE[device] if reasons[name] is None)
+        lines.append(f"backends on {device} (auto: {chosen})")
+        lines += [f"  {name}: {'available' if reasons[name] is None else reasons[name]}" for name in BACKENDS]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

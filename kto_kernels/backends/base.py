@@ -1,0 +1,105 @@
+"""What a backend is: three operators on rows. `StagedBackend` builds the loss from one function a stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..rows import ForwardResult, LossOptions, Rows, Scale, Sequences, StageResult
+
+
+class Backend(ABC):
+    name: str
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on tensors of `device`; None where it can."""
+
+    @abstractmethod
+    def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
+        """Token log-probabilities, labels-shaped, and the row statistics (2, *labels.shape) for the backward."""
+
+    @abstractmethod
+    def kto_forward(
+        self,
+        policy: Rows,
+        scale: Scale,
+        desirable: Tensor,  # (B,) bool
+        ref: Sequences,  # B sequences
+        kl: Tensor | float,  # used where kl_policy is empty
+        kl_policy: Sequences,  # K sequences
+        kl_ref: Sequences,  # K sequences
+        options: LossOptions,
+    ) -> ForwardResult:
+        """All five stages."""
+
+    @abstractmethod
+    def logits_backward(
+        self,
+        rows: Rows,
+        scale: Scale,
+        grad: Tensor,  # labels-shaped; with coefficients (B,) or ()
+        coefficients: Tensor | None,  # (B,)
+        token_logps: Tensor,
+        statistics: Tensor,
+        out: Tensor,  # logits-shaped, may be the logits
+    ) -> None:
+        """Writes `g_n · ∂ℓ_n/∂logits` for every row; zeros where the row is ignored or `g_n` is 0."""
+
+
+class StagedBackend(Backend):
+    """A backend whose stages are separate calls."""
+
+    @abstractmethod
+    def sequence_logps(self, rows: Rows, logps: Tensor, average: bool) -> tuple[Tensor, Tensor]:
+        """Sequence log-probabilities (B,) fp64 and the count of scored tokens (B,)."""
+
+    @abstractmethod
+    def sequence_stages(
+        self,
+        dtype: torch.dtype,
+        logps: Tensor,  # (B,) fp64, like ref_logps
+        counts: Tensor,  # (B,)
+        ref_logps: Tensor | None,
+        desirable: Tensor,
+        kl: Tensor | float,
+        kl_logps: Tensor | None,  # (K,) fp64, like ref_kl_logps
+        ref_kl_logps: Tensor | None,
+        options: LossOptions,
+    ) -> StageResult:
+        """Stages kl_reference_point, value and loss."""
+
+    def kto_forward(self, policy, scale, desirable, ref, kl, kl_policy, kl_ref, options):
+        token_logps, statistics = self.token_logps(policy, scale)
+        logps, counts = self.sequence_logps(policy, token_logps, options.average_log_prob)
+
+        def sums(side: Sequences) -> Tensor | None:
+            if side.rows is not None:
+                return self.sequence_logps(side.rows, self.token_logps(side.rows, scale)[0], options.average_log_prob)[0]
+            if side.logps is None:
+                return None
+            # A copy: operators must not return their inputs.
+            return side.logps.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+        ref_logps = sums(ref)
+        stages = self.sequence_stages(
+            torch.promote_types(policy.logits.dtype, torch.float32),
+            logps,
+            counts,
+            ref_logps,
+            desirable.contiguous(),
+            kl,
+            sums(kl_policy),
+            sums(kl_ref),
+            options,
+        )
+        return ForwardResult(
+            logps=logps,
+            ref_logps=torch.zeros_like(logps) if ref_logps is None else ref_logps,
+            token_logps=token_logps,
+            statistics=statistics,
+            **vars(stages),
+        )

@@ -1,0 +1,60 @@
+"""`backend="torch"`: the stages of `kto_kernels.reference` behind the operators' door. Any device, up to fp64."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ..rows import Rows, StageResult
+from .base import StagedBackend
+
+
+def _targets(rows: Rows) -> torch.Tensor:
+    return reference.targets(rows.labels, rows.shift, rows.ignore_index, rows.cu_seqlens)
+
+
+class TorchBackend(StagedBackend):
+    name = "torch"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+    def unavailable(self, device):
+        return None
+
+    def token_logps(self, rows, scale):
+        logps = reference.token_logps(rows.logits, _targets(rows), rows.ignore_index, **vars(scale))
+        # The backward takes its softmax from the logits again: there is nothing to remember.
+        return logps, logps.new_zeros((2, *logps.shape))
+
+    def sequence_logps(self, rows, logps, average):
+        scored = _targets(rows) != rows.ignore_index
+        sums = reference.sequence_logps(logps, scored if average else None, rows.cu_seqlens)
+        return sums, reference.per_sequence(scored, rows.cu_seqlens)
+
+    def sequence_stages(self, dtype, logps, counts, ref_logps, desirable, kl, kl_logps, ref_kl_logps, options):
+        if kl_logps is not None:
+            z0 = reference.kl_reference_point(kl_logps, ref_kl_logps)
+        else:
+            z0 = torch.as_tensor(kl, dtype=torch.float64, device=logps.device).clamp(min=0)
+        r = reference.log_ratio(logps, ref_logps)
+        arguments = (r, z0, desirable, options.beta, options.weights)
+        slope = reference.loss_slope(*arguments)
+        if options.reduction == "mean":
+            slope = slope / max(1, slope.numel())
+        if options.average_log_prob:
+            slope = slope / counts.clamp(min=1)
+        return StageResult(
+            loss=reference.reduce(reference.loss(*arguments), options.reduction).to(dtype),
+            rewards=(options.beta * r).to(dtype),
+            kl=z0.to(dtype),
+            coefficients=slope.to(dtype),
+        )
+
+    def logits_backward(self, rows, scale, grad, coefficients, token_logps, statistics, out):
+        if coefficients is not None:
+            # A saturated sequence has gradient 0 whatever arrives from above.
+            grad = torch.where(coefficients == 0, 0.0, coefficients * grad)
+            if rows.cu_seqlens is None:
+                grad = grad.unsqueeze(-1).expand(rows.labels.shape)
+            else:
+                grad = grad.repeat_interleave(rows.cu_seqlens.diff(), output_size=rows.n_rows)
+        out.copy_(reference.token_logps_grad(rows.logits, _targets(rows), grad, rows.ignore_index, **vars(scale)))

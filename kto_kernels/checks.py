@@ -1,0 +1,218 @@
+"""Validation: every argument is checked before any work, and the error names it and says what was expected.
+
+TypeError for what has the wrong type or dtype, ValueError for what has the wrong shape, device, range or company.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backends import NAMES
+from .rows import Rows
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """`value` is a tensor of one of `dtypes`, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as for the logits, got {value.device}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)} ({meaning}), got {_shape(value)}")
+
+
+def number(name: str, value: object, *, positive: bool) -> float:
+    """A finite Python number, greater than 0 (`positive`) or at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")
+    return float(value)
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__} ({value!r})")
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def scoring(shift: object, ignore_index: object, temperature: object, backend: object) -> None:
+    """The options that every function of logits shares."""
+    flag("shift", shift)
+    integer("ignore_index", ignore_index)
+    number("temperature", temperature, positive=True)
+    choice("backend", backend, NAMES)
+
+
+def rows(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    prefix: str = "",
+    name: str = "logits",
+    *,
+    like: Tensor | None = None,
+    packed: bool = True,
+) -> int:
+    """Logits called `name` with the labels that score them; returns the number of sequences. `prefix` is that of the
+    labels and offsets; without `packed`, two-dimensional logits are one sequence and need no offsets."""
+    vocabulary(name, logits, like)
+    tensor(f"{prefix}labels", labels, INTEGERS, like=logits)
+    shape(f"{prefix}labels", labels, tuple(logits.shape[:-1]), f"{name} without the vocabulary")
+    if logits.dim() == 3:
+        if cu_seqlens is not None:
+            raise ValueError(f"{prefix}cu_seqlens: goes with packed (N, V) {name}, got {name} of shape {_shape(logits)}")
+        return logits.shape[0]
+    if not packed:
+        return 1
+    if cu_seqlens is None:
+        raise ValueError(f"{name}: expected (B, T, V), or (N, V) with {prefix}cu_seqlens; got shape {_shape(logits)}")
+    return offsets(f"{prefix}cu_seqlens", cu_seqlens, logits)
+
+
+def offsets(name: str, cu_seqlens: Tensor, like: Tensor) -> int:
+    """`cu_seqlens` (B + 1,); returns B."""
+    tensor(name, cu_seqlens, INTEGERS, like)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape (B + 1,), got {_shape(cu_seqlens)}")
+    return cu_seqlens.shape[0] - 1
+
+
+def vocabulary(name: str, logits: Tensor, like: Tensor | None = None) -> None:
+    """Floating logits of two or three dimensions, at least one token wide, contiguous along the vocabulary."""
+    tensor(name, logits, FLOATS if like is None else (like.dtype,), like)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected (B, T, V) or packed (N, V), got shape {_shape(logits)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a vocabulary of at least one token, got shape {_shape(logits)}")
+    if like is not None and logits.shape[-1] != like.shape[-1]:
+        raise ValueError(f"{name}: expected a vocabulary of {like.shape[-1]} as for the logits, got {logits.shape[-1]}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: expected stride 1 along the vocabulary, got {logits.stride(-1)}; pass {name}.contiguous()"
+        )
+
+
+def sequences(name: str, value: Tensor, count: int, meaning: str, like: Tensor) -> None:
+    """Sequence log-probabilities, (count,) floating."""
+    tensor(name, value, FLOATS, like)
+    shape(name, value, (count,), meaning)
+
+
+def desirable(value: Tensor, count: int, like: Tensor) -> None:
+    tensor("desirable", value, (torch.bool,), like)
+    shape("desirable", value, (count,), "one per sequence")
+
+
+def kl_source(
+    loss_type: str,
+    kl: Tensor | float | None,
+    like: Tensor,
+    *,
+    has_reference: bool,
+    has_kl: bool,
+    has_ref_kl: bool,
+) -> None:
+    """Exactly one source of the reference point under "kto", none under "apo_zero_unpaired"."""
+    if loss_type == "apo_zero_unpaired":
+        if kl is not None or has_kl or has_ref_kl:
+            raise ValueError("kl: loss_type='apo_zero_unpaired' has z0 = 0 and takes no KL source")
+        return
+    if kl is not None and (has_kl or has_ref_kl):
+        raise ValueError("kl: expected one KL source, got kl and kl_*/ref_kl_*")
+    if has_ref_kl and not has_kl:
+        raise ValueError("ref_kl_logits, ref_kl_logps: go with kl_logits or kl_logps, got neither")
+    if kl is None and not has_kl:
+        raise ValueError(
+            "kl: loss_type='kto' needs a KL source: kl, kl_logps or kl_logits. For a reference point of zero ask for "
+            "kl=0.0 (loss_type='apo_zero_unpaired' is the same by definition)"
+        )
+    if has_kl and has_reference and not has_ref_kl:
+        raise ValueError("ref_kl_logits, ref_kl_logps: needed with a reference model, got neither")
+    if has_ref_kl and not has_reference:
+        raise ValueError("ref_kl_logits, ref_kl_logps: go with ref_logits or ref_logps, got neither")
+    if isinstance(kl, Tensor):
+        tensor("kl", kl, FLOATS, like)
+        shape("kl", kl, (), "one number")
+    elif kl is not None:
+        if isinstance(kl, bool) or not isinstance(kl, (int, float)):
+            raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
+        if not math.isfinite(kl):
+            raise ValueError(f"kl: expected a finite number, got {kl}")
+
+
+def kl_pair(kl_logps: Tensor | None, ref_kl_logps: Tensor | None, count: int | None, like: Tensor) -> None:
+    """Sequence log-probabilities (K,) of both sides; `count` is K where the other form says it already."""
+    for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
+        if value is None:
+            continue
+        tensor(name, value, FLOATS, like)
+        if value.dim() != 1:
+            raise ValueError(f"{name}: expected shape (K,), got {_shape(value)}")
+        if count is not None:
+            shape(name, value, (count,), "one per mismatched completion")
+        count = value.shape[0]
+
+
+def in_place(logits: Tensor) -> None:
+    """The gradient may overwrite these logits: nobody else's values live there."""
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return
+    base = logits._base if logits._is_view() else None
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace_backward: the logits are a leaf (a parameter or an input that requires grad), whose value the "
+            "gradient would overwrite; pass the output of a computation, or inplace_backward=False"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape)):
+        raise ValueError("inplace_backward: the logits are expanded (several rows share memory); pass logits.clone()")
+
+
+def check_values(rows: Rows, prefix: str = "") -> None:
+    """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N. CPU tensors only; on a
+    GPU looking would wait for the device."""
+    if rows.labels.device.type != "cpu":
+        return
+    labels, cu_seqlens = rows.labels, rows.cu_seqlens
+    outside = (labels != rows.ignore_index) & ((labels < 0) | (labels >= rows.vocab))
+    if outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"{prefix}labels: expected 0 <= label < {rows.vocab} or ignore_index={rows.ignore_index}, "
+            f"got {labels[where].item()} at {where}"
+        )
+    if cu_seqlens is not None:
+        offset_values(f"{prefix}cu_seqlens", cu_seqlens, rows.n_rows)
+
+
+def offset_values(name: str, cu_seqlens: Tensor, n_rows: int) -> None:
+    """Offsets that rise from 0 to N; looked at on the CPU only. Two equal ones are an empty sequence: it scores 0."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_rows or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{name}: expected offsets that rise from 0 to N={n_rows}, got {cu_seqlens.tolist()}")

@@ -1,0 +1,154 @@
+"""The definition: the five stages of the KTO loss (arXiv 2402.01306) in plain PyTorch, up to fp64.
+
+    token_logps  →  sequence_logps  →  kl_reference_point  →  value  →  loss
+
+Every backend is tested against these functions in fp64, and `backend="torch"` runs them.
+
+Shapes: logits (B, T, V) with labels (B, T); or packed, logits (N, V) with labels (N,) and cu_seqlens (B + 1,).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for anything narrower, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """`a − b`, where two equal infinities leave −inf (a saturated sequence) instead of NaN."""
+    return torch.where(torch.isinf(a) & (a == b), -torch.inf, a - b)
+
+
+def targets(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label that scores each position: `labels`, or with `shift` the next position's of the same sequence."""
+    if not shift or labels.numel() == 0:
+        return labels
+    shifted = labels.roll(-1, dims=-1)
+    if cu_seqlens is None:
+        shifted[..., -1] = ignore_index
+    else:
+        last = cu_seqlens[1:] - 1
+        shifted[last.clamp(min=0)] = torch.where(last >= cu_seqlens[:-1], ignore_index, shifted[last.clamp(min=0)])
+    return shifted
+
+
+def scaled(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """`z = softcap(x · logit_scale) / temperature`, in at least fp32."""
+    z = logits.to(compute_dtype(logits.dtype)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+# Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def token_logps(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # (...)
+    """`ℓ_n = z_{n,y} − log Σ_v exp z_{n,v}`; 0 where the target is `ignore_index`, −inf where its logit is −inf."""
+    z = scaled(logits, logit_scale, softcap, temperature)
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0).long().unsqueeze(-1)
+    impossible = z.gather(-1, index).squeeze(-1) == -torch.inf
+    logps = z.log_softmax(-1).gather(-1, index).squeeze(-1)
+    return logps.masked_fill(impossible, -torch.inf).masked_fill(ignored, 0.0)
+
+
+def token_logps_grad(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...)
+    grad: Tensor,  # (...)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # (..., V)
+    """`grad_n · (1[v = y_n] − p_{n,v}) · dz/dx`, the gradient of `Σ_n grad_n ℓ_n` with respect to the logits."""
+    z = scaled(logits, logit_scale, softcap, temperature)
+    silent = (target == ignore_index) | (grad == 0)
+    p = z.softmax(-1).masked_fill((z == -torch.inf).all(-1, keepdim=True), 0.0)
+    index = target.masked_fill(target == ignore_index, 0).long().unsqueeze(-1)
+    direction = -p
+    direction.scatter_add_(-1, index, torch.ones_like(p[..., :1]))
+    slope = torch.full_like(z, logit_scale / temperature)
+    if softcap is not None:
+        slope = slope * (1 - (z * temperature / softcap) ** 2)
+    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope
+    return out.masked_fill(silent.unsqueeze(-1), 0.0).to(logits.dtype)
+
+
+# Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums (B, T) or packed (N,) values over each sequence, in fp64: (B,)."""
+    if cu_seqlens is None:
+        return values.double().sum(-1)
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0.0)
+
+
+def sequence_logps(logps: Tensor, scored: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """`S_i = Σ_{n∈i} ℓ_n` in fp64; the mean over the tokens of the mask `scored` where one is given."""
+    total = per_sequence(logps, cu_seqlens)
+    return total if scored is None else total / per_sequence(scored, cu_seqlens).clamp(min=1)
+
+
+# Stage 3 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kl_reference_point(kl_logps: Tensor, ref_kl_logps: Tensor | None = None) -> Tensor:
+    """`z0 = max(0, Σ_j (S^π_j − S^ref_j) / K)` over K mismatched completions; 0 where K = 0. No gradient."""
+    kl_logps = kl_logps.detach().double()
+    ref = torch.zeros_like(kl_logps) if ref_kl_logps is None else ref_kl_logps.detach().double()
+    return (difference(kl_logps, ref).sum() / max(1, kl_logps.numel())).clamp(min=0)
+
+
+# Stages 4 and 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def log_ratio(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+    """`r_i = S^π_i − S^ref_i` in fp64; reference-free (`S^ref = 0`) without `ref_logps`."""
+    logps = logps.double()
+    return logps if ref_logps is None else difference(logps, ref_logps.detach().double())
+
+
+def value_argument(r: Tensor, z0: Tensor, desirable: Tensor, beta: float) -> Tensor:
+    """`β(r_i − z0)`, with the sign turned for undesirable sequences."""
+    x = beta * difference(r, z0)
+    return torch.where(desirable, x, -x)
+
+
+def value(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+    """`v_i = λ_D·σ(β(r_i − z0))` for desirable sequences, `λ_U·σ(β(z0 − r_i))` for undesirable ones."""
+    return torch.where(desirable, *weights) * torch.sigmoid(value_argument(r, z0, desirable, beta))
+
+
+def loss(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+    """`λ_i − v_i`, as `λ_i·σ(−x_i)`: `1 − σ(x)` is 0 in fp32 from x ≈ 17. Through the logarithm, so that PyTorch's
+    derivative, `λ_i·σ(x_i)·σ(−x_i)`, is exact in both tails too."""
+    x = value_argument(r, z0, desirable, beta)
+    return torch.where(desirable, *weights) * torch.exp(torch.nn.functional.logsigmoid(-x))
+
+
+def loss_slope(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+    """`∂loss_i/∂r_i = ∓λ_i·β·σ(x_i)·σ(−x_i)`."""
+    x = value_argument(r, z0, desirable, beta)
+    sign = torch.where(desirable, -1.0, 1.0)
+    return sign * torch.where(desirable, *weights) * beta * (torch.sigmoid(x) * torch.sigmoid(-x))
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """`"mean"` over the batch (0 for an empty one), `"sum"`, or `"none"`."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(1, losses.numel()) if reduction == "mean" else 1)
