@@ -75,12 +75,12 @@ KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
   return (label == rows.ignore_index || label < 0 || label >= rows.vocab) ? -1 : label;
 }
 
-// z = softcap(x * logit_scale) / temperature, split so that the maximum is taken over scores u
-// and every exponent is scale * (u - max): u = x, or tanh(x * inner) under a softcap.
+// z = softcap(x * logit_scale) / temperature as z = outer * u, with u = x or, under a softcap,
+// u = tanh(inner * x).
 struct Scale {
-  float inner;    // logit_scale / softcap, used under a softcap only
-  float scale;    // dz/du
-  float slope;    // dz/dx (times 1 - u^2 under a softcap)
+  float inner;   // logit_scale / softcap, used under a softcap only
+  float outer;   // dz/du
+  float slope;   // dz/dx, times 1 - u^2 under a softcap
   bool softcap;
 };
 

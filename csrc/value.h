@@ -12,10 +12,11 @@
 
 namespace kto {
 
-// A sum of exp(scale * (u - max)) over some of a row's scores u; empty: {-inf, 0}.
+// A sum of exp(z - reference) over some of a row's scaled logits z; empty: {-inf, 0}. The reference
+// is near their maximum, close enough that nothing overflows; any such number gives the same sum.
 template <class Real>
 struct Partial {
-  Real max, sum;
+  Real reference, sum;
 };
 
 // a - b where two equal infinities leave -inf (saturated) instead of NaN.
@@ -24,27 +25,27 @@ KTO_HD Real difference(Real a, Real b) {
   return (isinf(a) && a == b) ? -Real(INFINITY) : a - b;
 }
 
-// exp(scale * (u - max)) for u <= max; 0 for u = -inf even where max is -inf too.
+// exp(z - reference); 0 for z = -inf even where the reference is -inf too.
 template <class Real>
-KTO_HD Real decay(Real u, Real max, Real scale) {
-  return u == -Real(INFINITY) ? Real(0) : Real(exp(scale * (u - max)));
+KTO_HD Real decay(Real z, Real reference) {
+  return z == -Real(INFINITY) ? Real(0) : Real(exp(z - reference));
 }
 
 template <class Real>
-KTO_HD Partial<Real> merge(Partial<Real> a, Partial<Real> b, Real scale) {
-  const Real max = a.max > b.max ? a.max : b.max;
-  return {max, a.sum * decay(a.max, max, scale) + b.sum * decay(b.max, max, scale)};
+KTO_HD Partial<Real> merge(Partial<Real> a, Partial<Real> b) {
+  const Real reference = a.reference > b.reference ? a.reference : b.reference;
+  return {reference, a.sum * decay(a.reference, reference) + b.sum * decay(b.reference, reference)};
 }
 
-// Stage token_logps: log-probability of the label with score y, given the partial softmax of all
-// *other* scores. Leaving the label out keeps log1p exact where the label is the maximum, which is
-// most tokens of a good completion.
+// Stage token_logps: log-probability of the label with scaled logit y, given the partial softmax of
+// all *other* logits. Leaving the label out keeps log1p exact where the label is the maximum, which
+// is most tokens of a good completion.
 template <class Real>
-KTO_HD Real label_logp(Partial<Real> others, Real y, Real scale) {
+KTO_HD Real label_logp(Partial<Real> others, Real y) {
   if (isnan(others.sum) || isnan(y) || y == Real(INFINITY)) return Real(NAN);
   if (y == -Real(INFINITY)) return y;
-  if (y >= others.max) return -log1p(others.sum * decay(others.max, y, scale));
-  return (y - others.max) * scale - log(others.sum + decay(y, others.max, scale));
+  if (y >= others.reference) return -log1p(others.sum * decay(others.reference, y));
+  return (y - others.reference) - log(others.sum + decay(y, others.reference));
 }
 
 template <class Real>

@@ -178,9 +178,10 @@ def logits_backward(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    chosen = select(backend, logits.device, logits.dtype)
+    out = chosen.new_gradient(logits)
     rows = Rows(logits, labels, cu_seqlens, shift, ignore_index)
-    select(backend, logits.device, logits.dtype).logits_backward(
+    chosen.logits_backward(
         rows, Scale(logit_scale, softcap, temperature), grad, coefficients, token_logps, statistics, out
     )
     return out

@@ -63,28 +63,33 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", [] { return std::string(kto::kernels().name); });
 
   m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) { kto::advise_huge_pages(pointer<void>(data), bytes); },
+      py::kw_only(), py::arg("data"), py::arg("bytes"));
+
+  m.def(
       "token_logps_forward",
-      [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t logps, uintptr_t max,
-         uintptr_t sum, int threads) {
+      [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t logps,
+         uintptr_t reference, uintptr_t sum, int threads) {
         kto::token_logps_forward(rows, scale,
-                                 {pointer<float>(logps), pointer<float>(max), pointer<float>(sum)},
+                                 {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
                                  threads);
       },
-      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("logps"), py::arg("max"),
+      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("logps"), py::arg("reference"),
       py::arg("sum"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "logits_backward",
       [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t grad, int64_t grad_stride,
-         uintptr_t coefficients, uintptr_t logps, uintptr_t max, uintptr_t sum, uintptr_t output,
+         uintptr_t coefficients, uintptr_t logps, uintptr_t reference, uintptr_t sum, uintptr_t output,
          int64_t output_stride_b, int64_t output_stride_t, int threads) {
         kto::logits_backward(rows, scale,
                              {pointer<float>(grad), grad_stride, pointer<float>(coefficients)},
-                             {pointer<float>(logps), pointer<float>(max), pointer<float>(sum)},
+                             {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
                              {pointer<void>(output), output_stride_b, output_stride_t}, threads);
       },
       py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("grad"), py::arg("grad_stride"),
-      py::arg("coefficients"), py::arg("logps"), py::arg("max"), py::arg("sum"), py::arg("output"),
+      py::arg("coefficients"), py::arg("logps"), py::arg("reference"), py::arg("sum"), py::arg("output"),
       py::arg("output_stride_b"), py::arg("output_stride_t"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 

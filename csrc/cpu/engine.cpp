@@ -3,6 +3,11 @@
 
 #include <stdlib.h>
 
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -27,12 +32,33 @@ std::vector<const Kernels*> available() {
   return tables;
 }
 
+// Runs work(argument) on `workers` threads at once, this one among them.
+//
+// torch's own OpenMP team does it where it can be found in the process: its idle threads spin for
+// milliseconds after every torch operation, so a team of ours would share the cores with them.
+// (GOMP_parallel is the stable entry point that GCC's, LLVM's and Intel's runtimes all export.)
+void run_team(int workers, void (*work)(void*), void* argument) {
+#ifndef _WIN32
+  using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (openmp != nullptr) return openmp(work, argument, unsigned(workers), 0);
+#endif
+  std::vector<std::thread> team;
+  team.reserve(workers - 1);
+  try {
+    while (int(team.size()) < workers - 1) team.emplace_back(work, argument);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that started, and this one, do all the work.
+  }
+  work(argument);
+  for (auto& thread : team) thread.join();
+}
+
 // Runs body(begin, end) over [0, n) on up to `threads` threads, in blocks handed out as threads
-// come free. Threads live for one call: there is no pool to survive a fork, and starting one costs
-// tens of microseconds against milliseconds of logits.
+// come free. Which thread takes a row does not change its bits.
 template <class Body>
 void parallel_rows(int64_t n, int64_t bytes_per_row, int threads, const Body& body) {
-  constexpr int64_t kBytesPerBlock = 1 << 20;
+  constexpr int64_t kBytesPerBlock = 1 << 18;
   const int64_t block = std::max<int64_t>(1, kBytesPerBlock / std::max<int64_t>(1, bytes_per_row));
   const int64_t blocks = (n + block - 1) / block;
   const int workers = int(std::min<int64_t>(threads, blocks));
@@ -40,20 +66,17 @@ void parallel_rows(int64_t n, int64_t bytes_per_row, int threads, const Body& bo
     if (n > 0) body(0, n);
     return;
   }
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
-      body(i * block, std::min(n, (i + 1) * block));
+  struct Shared {
+    const Body& body;
+    int64_t n, block, blocks;
+    std::atomic<int64_t> next{0};
+  } shared{body, n, block, blocks};
+  const auto work = [](void* argument) {
+    Shared& shared = *static_cast<Shared*>(argument);
+    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.blocks;)
+      shared.body(i * shared.block, std::min(shared.n, (i + 1) * shared.block));
   };
-  std::vector<std::thread> team;
-  team.reserve(workers - 1);
-  try {
-    while (int(team.size()) < workers - 1) team.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that started, and this one, do all the work.
-  }
-  work();
-  for (auto& thread : team) thread.join();
+  run_team(workers, work, &shared);
 }
 
 int64_t bytes_per_row(const Rows& rows) { return rows.vocab * (rows.dtype == DType::f32 ? 4 : 2); }
@@ -92,6 +115,15 @@ void logits_backward(const Rows& rows, const Scale& scale, const Gradient& gradi
   parallel_rows(rows.n_rows, bytes_per_row(rows), threads, [&](int64_t begin, int64_t end) {
     table.backward(rows, scale, gradient, statistics, output, begin, end);
   });
+}
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace kto

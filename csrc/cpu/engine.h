@@ -17,6 +17,10 @@ void token_logps_forward(const Rows&, const Scale&, const RowOutputs&, int threa
 void logits_backward(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
                      const Output&, int threads);
 
+// Asks the system to back a large fresh buffer with huge pages: writing it first is otherwise mostly
+// page faults. A hint: no error where the system knows no such thing.
+void advise_huge_pages(void* data, size_t bytes);
+
 // Stage sequence_logps: sums (or means over scored tokens) in fp64; also the scored tokens' count.
 void sequence_logps(const Rows&, const float* logps, bool average, double* sums, int64_t* counts);
 

@@ -7,73 +7,79 @@
 namespace kto {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // scores kept in L1 between the maximum and the sum
+constexpr int kUnroll = 4;
+constexpr int64_t kStep = kUnroll * kLanes;
+// Sums stay in fp32 lanes for this many logits, then join an fp64 total.
+constexpr int64_t kBlock = 64 * kStep;
+// The running reference follows the maximum only once it lags by this much: e^8 does not overflow,
+// and rescaling stays rare.
+constexpr float kLag = 8.0f;
 
 template <bool kSoftcap>
-inline Floats score(Floats x, const Scale& scale) {
+inline Floats unit(Floats x, const Scale& scale) {
   if constexpr (kSoftcap) return tanh(x * scale.inner);
   return x;
 }
 
-// Adds the scores of x[0, n) to a partial softmax.
+// A partial softmax in the making, over z = outer * u.
+struct Running {
+  const float outer;
+  Partial<double> partial = {-INFINITY, 0.0};
+  Floats reference = {};            // partial.reference, or 0 while that is -inf
+  Floats limit = splat(-INFINITY);  // a u above it moves the reference
+
+  void raise(Floats u, Floats* sums) {
+    const double previous = partial.reference;
+    const float highest = reduce_max(u);
+    partial.reference = highest * outer;
+    reference = splat(highest * outer);
+    limit = splat(highest + kLag / outer);
+    const double factor = decay<double>(previous, partial.reference);
+    partial.sum *= factor;
+    for (int k = 0; k < kUnroll; ++k) sums[k] *= float(factor);
+  }
+};
+
+// Adds x[0, n) to the running softmax, reading each logit once.
 template <class T, bool kSoftcap>
-void accumulate(const T* x, int64_t n, const Scale& scale, Partial<double>& partial) {
-  alignas(KTO_VECTOR_BYTES) float scores[kBlock];
+void accumulate(const T* x, int64_t n, const Scale& scale, Running& running) {
   for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t length = n - start < kBlock ? n - start : kBlock;
-    const T* block = x + start;
-    const int64_t full = length / (4 * kLanes) * (4 * kLanes);
-
-    Floats maxima[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
-    int64_t v = 0;
-    for (; v < full; v += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) {
-        const Floats u = score<kSoftcap>(load(block + v + k * kLanes), scale);
-        store(scores + v + k * kLanes, u);
-        maxima[k] = max(maxima[k], u);
-      }
-    for (; v < length; v += kLanes) {
-      // A softcap maps the missing lanes' -inf to -1: they must stay -inf.
-      const bool whole = v + kLanes <= length;
-      Floats u = score<kSoftcap>(whole ? load(block + v) : load_tail(block + v, length - v), scale);
-      if (kSoftcap && !whole)
-        for (int64_t k = length - v; k < kLanes; ++k) u[k] = -INFINITY;
-      store(scores + v, u);
-      maxima[0] = max(maxima[0], u);
+    const int64_t end = n - start < kBlock ? n : start + kBlock;
+    Floats sums[kUnroll] = {};
+    int64_t v = start;
+    for (; v + kStep <= end; v += kStep) {
+      Floats u[kUnroll];
+      for (int k = 0; k < kUnroll; k += 2) load2(x + v + k * kLanes, u[k], u[k + 1]);
+      for (int k = 0; k < kUnroll; ++k) u[k] = unit<kSoftcap>(u[k], scale);
+      const Floats maxima = max(max(u[0], u[1]), max(u[2], u[3]));
+      if (any(maxima > running.limit)) running.raise(maxima, sums);
+      for (int k = 0; k < kUnroll; ++k) sums[k] += exp(u[k] * running.outer - running.reference);
     }
-    const int64_t padded = v;
-
-    const float block_max = reduce_max(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])));
-    if (block_max > partial.max) {
-      partial.sum *= decay<double>(partial.max, block_max, scale.scale);
-      partial.max = block_max;
+    for (; v < end; v += kLanes) {
+      const int64_t count = end - v < kLanes ? end - v : kLanes;
+      Floats u = unit<kSoftcap>(load_tail(x + v, count), scale);
+      for (int64_t k = count; k < kLanes; ++k) u[k] = -INFINITY;  // a softcap made them finite
+      if (any(u > running.limit)) running.raise(u, sums);
+      sums[0] += exp(u * running.outer - running.reference);
     }
-    // Nothing but -inf so far: any finite reference makes exp(-inf) = 0 (and keeps NaN).
-    const Floats reference = splat(partial.max == -INFINITY ? 0.0f : float(partial.max));
-    Floats sums[4] = {};
-    for (v = 0; v < full; v += 4 * kLanes)
-      for (int k = 0; k < 4; ++k)
-        sums[k] += exp_nonpositive((load(scores + v + k * kLanes) - reference) * scale.scale);
-    for (; v < padded; v += kLanes)
-      sums[0] += exp_nonpositive((load(scores + v) - reference) * scale.scale);
-    partial.sum += reduce_sum(sums[0]) + reduce_sum(sums[1]) + reduce_sum(sums[2]) +
-                   reduce_sum(sums[3]);
+    running.partial.sum += reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 }
 
 template <class T, bool kSoftcap>
 void forward_row(const T* x, int64_t label, const Rows& rows, const Scale& scale,
                  const RowOutputs& out, int64_t n) {
-  Partial<double> others = {-INFINITY, 0.0};
-  accumulate<T, kSoftcap>(x, label, scale, others);
-  accumulate<T, kSoftcap>(x + label + 1, rows.vocab - label - 1, scale, others);
-  const double y = score<kSoftcap>(splat(load_one(x + label)), scale)[0];
-  out.logps[n] = float(label_logp<double>(others, y, scale.scale));
-  if (out.max) {
-    const Partial<double> all = merge<double>(others, {y, y > -INFINITY ? 1.0 : 0.0}, scale.scale);
-    out.max[n] = float(all.max);
-    out.sum[n] = float(all.sum);
-  }
+  Running running{scale.outer};
+  accumulate<T, kSoftcap>(x, label, scale, running);
+  accumulate<T, kSoftcap>(x + label + 1, rows.vocab - label - 1, scale, running);
+  const double y = double(unit<kSoftcap>(splat(load_one(x + label)), scale)[0]) * scale.outer;
+  out.logps[n] = float(label_logp(running.partial, y));
+  // The reference must be an fp32 number for the backward, and at least the label's.
+  const double label_reference = float(y);
+  const Partial<double> all =
+      merge(running.partial, {label_reference, decay(y, label_reference)});
+  out.reference[n] = float(all.reference);
+  out.sum[n] = float(all.sum);
 }
 
 template <class T, bool kSoftcap>
@@ -82,8 +88,7 @@ void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
     if (label < 0) {  // an ignored row costs no pass over its logits
-      out.logps[n] = 0;
-      if (out.max) out.max[n] = out.sum[n] = 0;
+      out.logps[n] = out.reference[n] = out.sum[n] = 0;
       continue;
     }
     forward_row<T, kSoftcap>(static_cast<const T*>(rows.logits) + logits_offset(rows, n), label,
@@ -93,26 +98,35 @@ void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_
 
 // out[v] = d/dx_v of the label's log-probability, times g: -g p_v, and g (1 - p_y) at the label.
 template <class T, bool kSoftcap>
-void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, float logp, float max,
-                  float sum, const Scale& scale) {
+void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, float logp,
+                  float reference, float sum, const Scale& scale) {
   const double slope = double(g) * scale.slope;
-  const float y = score<kSoftcap>(splat(load_one(x + label)), scale)[0];
-  const Floats factor = splat(float(sum > 0 ? -slope / sum : -slope));
-  const Floats reference = splat(max == -INFINITY ? 0.0f : max);
+  const double y = unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
+  const float factor = float(sum > 0 ? -slope / sum : -slope);
+  const float origin = reference == -INFINITY ? 0.0f : reference;
+  if (isnan(factor)) {  // one NaN in the row is a NaN in every gradient of it
+    for (int64_t v = 0; v < vocab; ++v) store_one(out + v, NAN);
+    return;
+  }
   const auto gradient = [&](Floats x_v) {
-    const Floats u = score<kSoftcap>(x_v, scale);
-    Floats p = exp_nonpositive((u - reference) * scale.scale) * factor;
-    if constexpr (kSoftcap) p = p * (1.0f - u * u);
+    const Floats u = unit<kSoftcap>(x_v, scale);
+    const Floats p = exp(u * scale.outer - origin) * factor;
+    if constexpr (kSoftcap) return p * (1.0f - u * u);
     return p;
   };
   int64_t v = 0;
-  for (; v + 4 * kLanes <= vocab; v += 4 * kLanes)
-    for (int k = 0; k < 4; ++k)
-      store(out + v + k * kLanes, gradient(load(x + v + k * kLanes)));
-  for (; v + kLanes <= vocab; v += kLanes) store(out + v, gradient(load(x + v)));
-  if (v < vocab) store_tail(out + v, gradient(load_tail(x + v, vocab - v)), vocab - v);
+  for (; v + kStep <= vocab; v += kStep) {
+    Floats x_v[kUnroll];
+    for (int k = 0; k < kUnroll; k += 2) load2(x + v + k * kLanes, x_v[k], x_v[k + 1]);
+    for (int k = 0; k < kUnroll; ++k) x_v[k] = gradient(x_v[k]);
+    for (int k = 0; k < kUnroll; k += 2) store2(out + v + k * kLanes, x_v[k], x_v[k + 1]);
+  }
+  for (; v < vocab; v += kLanes) {
+    const int64_t count = vocab - v < kLanes ? vocab - v : kLanes;
+    store_tail(out + v, gradient(load_tail(x + v, count)), count);
+  }
   // 1 - p_y from the log-probability: rounding p_y first would lose every near-certain token.
-  store_one(out + label, float(slope * -expm1(double(logp)) * (kSoftcap ? 1.0 - double(y) * y : 1.0)));
+  store_one(out + label, float(slope * -expm1(double(logp)) * (kSoftcap ? 1 - y * y : 1)));
 }
 
 template <class T, bool kSoftcap>
@@ -130,7 +144,7 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
       continue;
     }
     const T* x = static_cast<const T*>(rows.logits) + logits_offset(rows, n);
-    backward_row<T, kSoftcap>(x, out, rows.vocab, label, g, statistics.logps[n], statistics.max[n],
+    backward_row<T, kSoftcap>(x, out, rows.vocab, label, g, statistics.logps[n], statistics.reference[n],
                               statistics.sum[n], scale);
   }
 }

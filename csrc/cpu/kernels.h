@@ -5,17 +5,17 @@
 
 namespace kto {
 
-// Per-row outputs of the forward; max and sum (of exp(scale (u - max)) over the whole row) feed
-// the backward and may both be null.
+// Per-row outputs of the forward. sum is that of exp(z - reference) over the whole row; it and the
+// reference feed the backward.
 struct RowOutputs {
   float* logps;
-  float* max;
+  float* reference;
   float* sum;
 };
 
 struct RowStatistics {
   const float* logps;
-  const float* max;
+  const float* reference;
   const float* sum;
 };
 

@@ -39,11 +39,14 @@ inline Floats to_float(Halves h, bf16) {
   return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
 
-inline Halves from_float(Floats f, bf16) {
+// To nearest even, in the upper half of each word. Not for NaNs with a payload in the lower half.
+inline Words round_to_bf16(Floats f) {
   const Words bits = (Words)f;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  const Words quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(f == f ? rounded : quiet, Halves);
+  return bits + (((bits >> 16) & 1u) + 0x7fffu);
+}
+
+inline Halves from_float(Floats f, bf16) {
+  return __builtin_convertvector(round_to_bf16(f) >> 16, Halves);
 }
 
 inline Floats to_float(Halves h, f16) {
@@ -96,6 +99,33 @@ inline void store(T* p, Floats v) {
   memcpy(p, &h, sizeof h);
 }
 
+// 2 * kLanes values at a time. Which of the two vectors holds which value is the type's business:
+// bf16 splits even and odd ones, which costs no shuffle.
+template <class T>
+inline void load2(const T* p, Floats& a, Floats& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+template <class T>
+inline void store2(T* p, Floats a, Floats b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+template <>
+inline void load2(const bf16* p, Floats& a, Floats& b) {
+  Words pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  a = (Floats)(pairs << 16);
+  b = (Floats)(pairs & 0xffff0000u);
+}
+template <>
+inline void store2(bf16* p, Floats a, Floats b) {
+  const Words pairs = (round_to_bf16(a) >> 16) | (round_to_bf16(b) & 0xffff0000u);
+  memcpy(p, &pairs, sizeof pairs);
+}
+#endif
+
 // The last n < kLanes values of a row; the missing lanes read -inf, the softmax's zero.
 template <class T>
 inline Floats load_tail(const T* p, int64_t n) {
@@ -120,6 +150,8 @@ inline void store_one(T* p, float value) {
   store_tail(p, splat(value), 1);
 }
 
+inline Floats power_of_two(Ints n) { return (Floats)((n + 127) << 23); }
+
 inline float reduce_max(Floats v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -131,16 +163,31 @@ inline double reduce_sum(Floats v) {
   return sum;
 }
 
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  Ints word = mask;
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= word[i];
+  return bits != 0;
+#endif
+}
+
 // x = n ln2 + r with |r| <= ln2 / 2; gives n and expm1(r). Cody-Waite reduction with the two-part
 // ln2 and the degree-6 polynomial of Cephes expf (Moshier), about one unit in the last place.
 struct Reduced {
-  Floats expm1;
-  Ints n;
+  Floats expm1, n;
 };
 inline Reduced reduce(Floats x) {
-  const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer in the low bits
-  const Floats shifted = x * 1.44269504088896341f + magic;
-  const Floats n = shifted - magic;
+#if defined(__AVX512F__)
+  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0);
+#else
+  const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer
+  const Floats n = (x * 1.44269504088896341f + magic) - magic;
+#endif
   Floats r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -149,21 +196,19 @@ inline Reduced reduce(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r;
-  return {p, (Ints)shifted - (Ints)magic};
+  return {p, n};
 }
 
-inline Floats power_of_two(Ints n) { return (Floats)((n + 127) << 23); }
-
-// exp(x) for x <= 0, subnormal results included; NaN stays NaN.
-inline Floats exp_nonpositive(Floats x) {
+// exp(x) for x < 88, subnormal results included; NaN stays NaN.
+inline Floats exp(Floats x) {
   x = x < -104.0f ? splat(-104.0f) : x;  // exp(-104) rounds to 0
   const Reduced e = reduce(x);
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)(e.expm1 + 1.0f),
-                                  _mm512_cvtepi32_ps((__m512i)e.n));
+  return (Floats)_mm512_scalef_ps((__m512)(e.expm1 + 1.0f), (__m512)e.n);
 #else
-  const Ints half = e.n >> 1;
-  return (e.expm1 + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
+  const Ints n = __builtin_convertvector(e.n, Ints);
+  const Ints half = n >> 1;  // in two factors: 2^n alone may be subnormal
+  return (e.expm1 + 1.0f) * power_of_two(half) * power_of_two(n - half);
 #endif
 }
 
@@ -173,7 +218,7 @@ inline Floats tanh(Floats x) {
   Floats a = (Floats)((Words)x ^ sign);
   a = a > 10.0f ? splat(10.0f) : a;  // tanh(10) is 1 in fp32
   const Reduced reduced = reduce(a + a);
-  const Floats power = power_of_two(reduced.n);
+  const Floats power = power_of_two(__builtin_convertvector(reduced.n, Ints));
   const Floats e = reduced.expm1 * power + (power - 1.0f);
   return (Floats)((Words)(e / (e + 2.0f)) | sign);
 }

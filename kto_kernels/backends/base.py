@@ -18,6 +18,10 @@ class Backend(ABC):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on tensors of `device`; None where it can."""
 
+    def new_gradient(self, logits: Tensor) -> Tensor:
+        """A buffer for the gradient of `logits`, contiguous and not initialised."""
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
     @abstractmethod
     def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
         """Token log-probabilities, labels-shaped, and the row statistics (2, *labels.shape) for the backward."""

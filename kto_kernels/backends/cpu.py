@@ -14,6 +14,9 @@ try:
 except ImportError as error:
     _cpu, _import_error = None, str(error)
 
+# A buffer from here on is always fresh from the system (glibc maps it), so that the advice touches no other data.
+_HUGE = 1 << 25
+
 _DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}
 
@@ -71,6 +74,12 @@ class CpuBackend(StagedBackend):
             return f"it runs on CPU tensors, not on {device.type}"
         return None
 
+    def new_gradient(self, logits):
+        out = super().new_gradient(logits)
+        if out.nbytes >= _HUGE:
+            _cpu.advise_huge_pages(data=_pointer(out), bytes=out.nbytes)
+        return out
+
     def token_logps(self, rows, scale):
         logps = torch.empty(rows.labels.shape, dtype=torch.float32)
         statistics = torch.empty((2, *rows.labels.shape), dtype=torch.float32)
@@ -79,7 +88,7 @@ class CpuBackend(StagedBackend):
             rows=native,
             scale=_scale(scale),
             logps=_pointer(logps),
-            max=_pointer(statistics[0]),
+            reference=_pointer(statistics[0]),
             sum=_pointer(statistics[1]),
             threads=torch.get_num_threads(),
         )
@@ -132,7 +141,7 @@ class CpuBackend(StagedBackend):
             grad_stride=0 if grad.dim() == 0 else 1,
             coefficients=_pointer(coefficients),
             logps=_pointer(token_logps),
-            max=_pointer(statistics[0]),
+            reference=_pointer(statistics[0]),
             sum=_pointer(statistics[1]),
             output=_pointer(out),
             output_stride_b=out_b,
