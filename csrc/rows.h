@@ -68,9 +68,9 @@ KTO_HD int64_t logits_offset(const Rows& rows, int64_t n) {
 KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
   if (rows.shift && n + 1 >= sequence_range(rows, sequence_of(rows, n)).end) return -1;
   const int64_t at = n + (rows.shift ? 1 : 0);
-  const int64_t offset =
-      rows.tokens == 0 ? at * rows.labels_stride_t
-                       : at / rows.tokens * rows.labels_stride_b + at % rows.tokens * rows.labels_stride_t;
+  const int64_t offset = rows.tokens == 0 ? at * rows.labels_stride_t
+                                          : at / rows.tokens * rows.labels_stride_b +
+                                                at % rows.tokens * rows.labels_stride_t;
   const int64_t label = index_at(rows.labels, offset);
   return (label == rows.ignore_index || label < 0 || label >= rows.vocab) ? -1 : label;
 }
@@ -78,16 +78,16 @@ KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
 // z = softcap(x * logit_scale) / temperature as z = outer * u, with u = x or, under a softcap,
 // u = tanh(inner * x).
 struct Scale {
-  float inner;   // logit_scale / softcap, used under a softcap only
-  float outer;   // dz/du
-  float slope;   // dz/dx, times 1 - u^2 under a softcap
+  float inner;  // logit_scale / softcap, used under a softcap only
+  float outer;  // dz/du
+  float slope;  // dz/dx, times 1 - u^2 under a softcap
   bool softcap;
 };
 
 // Upstream gradient of row n: grad of its token, or of its sequence times the sequence's slope.
 struct Gradient {
-  const float* grad;        // (N,) without coefficients, else (B,) or one value
-  int64_t grad_stride;      // 0: one value for all sequences
+  const float* grad;          // (N,) without coefficients, else (B,) or one value
+  int64_t grad_stride;        // 0: one value for all sequences
   const float* coefficients;  // (B,) or null
 };
 

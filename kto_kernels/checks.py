@@ -41,7 +41,8 @@ def number(name: str, value: object, *, positive: bool) -> float:
     """A finite Python number, greater than 0 (`positive`) or at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # Comparisons, not math.isfinite: torch.compile may trace with a symbolic number. NaN fails them too.
+    if not (0 <= value < math.inf) or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")
     return float(value)
 
@@ -86,7 +87,9 @@ def rows(
     shape(f"{prefix}labels", labels, tuple(logits.shape[:-1]), f"{name} without the vocabulary")
     if logits.dim() == 3:
         if cu_seqlens is not None:
-            raise ValueError(f"{prefix}cu_seqlens: goes with packed (N, V) {name}, got {name} of shape {_shape(logits)}")
+            raise ValueError(
+                f"{prefix}cu_seqlens: goes with packed (N, V) {name}, got {name} of shape {_shape(logits)}"
+            )
         return logits.shape[0]
     if not packed:
         return 1
@@ -162,7 +165,7 @@ def kl_source(
     elif kl is not None:
         if isinstance(kl, bool) or not isinstance(kl, (int, float)):
             raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
-        if not math.isfinite(kl):
+        if not -math.inf < kl < math.inf:
             raise ValueError(f"kl: expected a finite number, got {kl}")
 
 
@@ -183,7 +186,8 @@ def in_place(logits: Tensor) -> None:
     """The gradient may overwrite these logits: nobody else's values live there."""
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return
-    base = logits._base if logits._is_view() else None
+    # torch.compile traces no `_base`: there a view of a leaf goes unnoticed.
+    base = None if torch.compiler.is_compiling() else logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace_backward: the logits are a leaf (a parameter or an input that requires grad), whose value the "

@@ -125,7 +125,8 @@ def kto_loss(
         shift: position t predicts the label of t + 1 of its sequence (the transformers convention).
         cu_seqlens: (B + 1,) int32 or int64 offsets of packed sequences, from 0 to N.
         temperature: the logits are divided by it, > 0.
-        inplace_backward: the gradient overwrites `logits`, which must not be a leaf; one backward only.
+        inplace_backward: the gradient overwrites `logits`, which must be neither a leaf nor a view of one (the latter
+            goes unnoticed under torch.compile); one backward only.
         process_group: not supported yet.
         backend: "auto", or a name out of `available_backends()`.
 

@@ -31,8 +31,8 @@ def targets(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor |
     if cu_seqlens is None:
         shifted[..., -1] = ignore_index
     else:
-        last = cu_seqlens[1:] - 1
-        shifted[last.clamp(min=0)] = torch.where(last >= cu_seqlens[:-1], ignore_index, shifted[last.clamp(min=0)])
+        # Every offset past the first ends some sequence, empty ones included (0 - 1 is the last row of all).
+        shifted[cu_seqlens[1:].long() - 1] = ignore_index
     return shifted
 
 
@@ -122,29 +122,33 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
     return logps if ref_logps is None else difference(logps, ref_logps.detach().double())
 
 
+def by_class(desirable: Tensor, like: Tensor, of_desirable: float, of_undesirable: float) -> Tensor:
+    """One number or the other for each sequence, in the precision of `like`."""
+    return torch.full_like(like, of_undesirable).masked_fill(desirable, of_desirable)
+
+
 def value_argument(r: Tensor, z0: Tensor, desirable: Tensor, beta: float) -> Tensor:
-    """`β(r_i − z0)`, with the sign turned for undesirable sequences."""
-    x = beta * difference(r, z0)
-    return torch.where(desirable, x, -x)
+    """`x_i = β(r_i − z0)` for desirable sequences, `β(z0 − r_i)` for undesirable ones."""
+    return by_class(desirable, r, beta, -beta) * difference(r, z0)
 
 
 def value(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
-    """`v_i = λ_D·σ(β(r_i − z0))` for desirable sequences, `λ_U·σ(β(z0 − r_i))` for undesirable ones."""
-    return torch.where(desirable, *weights) * torch.sigmoid(value_argument(r, z0, desirable, beta))
+    """`v_i = λ_i·σ(x_i)`, with λ_D for desirable sequences and λ_U for undesirable ones: `weights` in that order."""
+    return by_class(desirable, r, *weights) * torch.sigmoid(value_argument(r, z0, desirable, beta))
 
 
 def loss(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
     """`λ_i − v_i`, as `λ_i·σ(−x_i)`: `1 − σ(x)` is 0 in fp32 from x ≈ 17. Through the logarithm, so that PyTorch's
     derivative, `λ_i·σ(x_i)·σ(−x_i)`, is exact in both tails too."""
     x = value_argument(r, z0, desirable, beta)
-    return torch.where(desirable, *weights) * torch.exp(torch.nn.functional.logsigmoid(-x))
+    return by_class(desirable, r, *weights) * torch.exp(torch.nn.functional.logsigmoid(-x))
 
 
 def loss_slope(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
     """`∂loss_i/∂r_i = ∓λ_i·β·σ(x_i)·σ(−x_i)`."""
     x = value_argument(r, z0, desirable, beta)
-    sign = torch.where(desirable, -1.0, 1.0)
-    return sign * torch.where(desirable, *weights) * beta * (torch.sigmoid(x) * torch.sigmoid(-x))
+    slope = by_class(desirable, r, -beta * weights[0], beta * weights[1])
+    return slope * (torch.sigmoid(x) * torch.sigmoid(-x))
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -48,16 +48,16 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("labels_stride_b"), py::arg("labels_stride_t"), py::arg("cu_seqlens"),
       py::arg("cu_seqlens_int64"), py::arg("ignore_index"), py::arg("shift"));
 
-  py::class_<kto::Scale>(m, "Scale").def(
-      py::init([](double logit_scale, std::optional<double> softcap, double temperature) {
-        if (!softcap) {
-          const float scale = float(logit_scale / temperature);
-          return kto::Scale{1.0f, scale, scale, false};
-        }
-        return kto::Scale{float(logit_scale / *softcap), float(*softcap / temperature),
-                          float(logit_scale / temperature), true};
-      }),
-      py::kw_only(), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"));
+  py::class_<kto::Scale>(m, "Scale")
+      .def(py::init([](double logit_scale, std::optional<double> softcap, double temperature) {
+             if (!softcap) {
+               const float scale = float(logit_scale / temperature);
+               return kto::Scale{1.0f, scale, scale, false};
+             }
+             return kto::Scale{float(logit_scale / *softcap), float(*softcap / temperature),
+                               float(logit_scale / temperature), true};
+           }),
+           py::kw_only(), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"));
 
   m.def("instruction_sets", &kto::instruction_sets);
   m.def("instruction_set", [] { return std::string(kto::kernels().name); });
@@ -69,11 +69,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "token_logps_forward",
-      [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t logps,
-         uintptr_t reference, uintptr_t sum, int threads) {
-        kto::token_logps_forward(rows, scale,
-                                 {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
-                                 threads);
+      [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t logps, uintptr_t reference,
+         uintptr_t sum, int threads) {
+        kto::token_logps_forward(
+            rows, scale, {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
+            threads);
       },
       py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("logps"), py::arg("reference"),
       py::arg("sum"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
@@ -81,16 +81,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "logits_backward",
       [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t grad, int64_t grad_stride,
-         uintptr_t coefficients, uintptr_t logps, uintptr_t reference, uintptr_t sum, uintptr_t output,
-         int64_t output_stride_b, int64_t output_stride_t, int threads) {
-        kto::logits_backward(rows, scale,
-                             {pointer<float>(grad), grad_stride, pointer<float>(coefficients)},
-                             {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
-                             {pointer<void>(output), output_stride_b, output_stride_t}, threads);
+         uintptr_t coefficients, uintptr_t logps, uintptr_t reference, uintptr_t sum,
+         uintptr_t output, int64_t output_stride_b, int64_t output_stride_t, int threads) {
+        kto::logits_backward(
+            rows, scale, {pointer<float>(grad), grad_stride, pointer<float>(coefficients)},
+            {pointer<float>(logps), pointer<float>(reference), pointer<float>(sum)},
+            {pointer<void>(output), output_stride_b, output_stride_t}, threads);
       },
       py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("grad"), py::arg("grad_stride"),
-      py::arg("coefficients"), py::arg("logps"), py::arg("reference"), py::arg("sum"), py::arg("output"),
-      py::arg("output_stride_b"), py::arg("output_stride_t"), py::arg("threads"),
+      py::arg("coefficients"), py::arg("logps"), py::arg("reference"), py::arg("sum"),
+      py::arg("output"), py::arg("output_stride_b"), py::arg("output_stride_t"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
@@ -108,13 +108,13 @@ PYBIND11_MODULE(_cpu, m) {
          uintptr_t counts, bool average, int64_t n_kl, uintptr_t kl_logps, uintptr_t ref_kl_logps,
          double kl, double beta, double desirable_weight, double undesirable_weight, int reduction,
          uintptr_t loss, uintptr_t rewards, uintptr_t kl_out, uintptr_t coefficients) {
-        kto::sequence_stages(
-            {n_sequences, pointer<double>(logps), pointer<double>(ref_logps),
-             pointer<bool>(desirable), pointer<int64_t>(counts), average},
-            {n_kl, pointer<double>(kl_logps), pointer<double>(ref_kl_logps), kl},
-            {beta, desirable_weight, undesirable_weight}, kto::Reduction(reduction),
-            {pointer<float>(loss), pointer<float>(rewards), pointer<float>(kl_out),
-             pointer<float>(coefficients)});
+        kto::sequence_stages({n_sequences, pointer<double>(logps), pointer<double>(ref_logps),
+                              pointer<bool>(desirable), pointer<int64_t>(counts), average},
+                             {n_kl, pointer<double>(kl_logps), pointer<double>(ref_kl_logps), kl},
+                             {beta, desirable_weight, undesirable_weight},
+                             kto::Reduction(reduction),
+                             {pointer<float>(loss), pointer<float>(rewards), pointer<float>(kl_out),
+                              pointer<float>(coefficients)});
       },
       py::kw_only(), py::arg("n_sequences"), py::arg("logps"), py::arg("ref_logps"),
       py::arg("desirable"), py::arg("counts"), py::arg("average"), py::arg("n_kl"),

@@ -104,9 +104,8 @@ const Kernels& kernels() {
 
 void token_logps_forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int threads) {
   const Kernels& table = kernels();
-  parallel_rows(rows.n_rows, bytes_per_row(rows), threads, [&](int64_t begin, int64_t end) {
-    table.forward(rows, scale, out, begin, end);
-  });
+  parallel_rows(rows.n_rows, bytes_per_row(rows), threads,
+                [&](int64_t begin, int64_t end) { table.forward(rows, scale, out, begin, end); });
 }
 
 void logits_backward(const Rows& rows, const Scale& scale, const Gradient& gradient,

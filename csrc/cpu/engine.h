@@ -10,15 +10,16 @@ namespace kto {
 
 // Names of the instruction sets this machine runs, best first.
 std::vector<std::string> instruction_sets();
-// The one in use: KTO_KERNELS_CPU_ISA if set (std::invalid_argument where it cannot be), else the best.
+// The one in use: KTO_KERNELS_CPU_ISA if set (std::invalid_argument where it cannot be), else the
+// best.
 const Kernels& kernels();
 
 void token_logps_forward(const Rows&, const Scale&, const RowOutputs&, int threads);
 void logits_backward(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
                      const Output&, int threads);
 
-// Asks the system to back a large fresh buffer with huge pages: writing it first is otherwise mostly
-// page faults. A hint: no error where the system knows no such thing.
+// Asks the system to back a large fresh buffer with huge pages: writing it first is otherwise
+// mostly page faults. A hint: no error where the system knows no such thing.
 void advise_huge_pages(void* data, size_t bytes);
 
 // Stage sequence_logps: sums (or means over scored tokens) in fp64; also the scored tokens' count.

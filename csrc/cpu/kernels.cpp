@@ -76,8 +76,7 @@ void forward_row(const T* x, int64_t label, const Rows& rows, const Scale& scale
   out.logps[n] = float(label_logp(running.partial, y));
   // The reference must be an fp32 number for the backward, and at least the label's.
   const double label_reference = float(y);
-  const Partial<double> all =
-      merge(running.partial, {label_reference, decay(y, label_reference)});
+  const Partial<double> all = merge(running.partial, {label_reference, decay(y, label_reference)});
   out.reference[n] = float(all.reference);
   out.sum[n] = float(all.sum);
 }
@@ -135,17 +134,17 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
     const float g = label < 0 ? 0.0f : gradient_of(gradient, rows, n);
-    const int64_t offset = rows.tokens == 0 ? n * output.stride_t
-                                            : n / rows.tokens * output.stride_b +
-                                                  n % rows.tokens * output.stride_t;
+    const int64_t offset =
+        rows.tokens == 0 ? n * output.stride_t
+                         : n / rows.tokens * output.stride_b + n % rows.tokens * output.stride_t;
     T* out = static_cast<T*>(output.data) + offset;
     if (g == 0) {
       memset(out, 0, rows.vocab * sizeof(T));
       continue;
     }
     const T* x = static_cast<const T*>(rows.logits) + logits_offset(rows, n);
-    backward_row<T, kSoftcap>(x, out, rows.vocab, label, g, statistics.logps[n], statistics.reference[n],
-                              statistics.sum[n], scale);
+    backward_row<T, kSoftcap>(x, out, rows.vocab, label, g, statistics.logps[n],
+                              statistics.reference[n], statistics.sum[n], scale);
   }
 }
 
@@ -159,17 +158,19 @@ void dispatch(DType dtype, bool softcap, Body&& body) {
       body.template operator()<decltype(value), false>();
   };
   switch (dtype) {
-    case DType::f32: return with_type(float{});
-    case DType::f16: return with_type(f16{});
-    case DType::bf16: return with_type(bf16{});
+    case DType::f32:
+      return with_type(float{});
+    case DType::f16:
+      return with_type(f16{});
+    case DType::bf16:
+      return with_type(bf16{});
   }
 }
 
 void forward_any(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_t begin,
                  int64_t end) {
-  dispatch(rows.dtype, scale.softcap, [&]<class T, bool kSoftcap>() {
-    forward<T, kSoftcap>(rows, scale, out, begin, end);
-  });
+  dispatch(rows.dtype, scale.softcap,
+           [&]<class T, bool kSoftcap>() { forward<T, kSoftcap>(rows, scale, out, begin, end); });
 }
 
 void backward_any(const Rows& rows, const Scale& scale, const Gradient& gradient,

@@ -43,7 +43,8 @@ void sequence_stages(const SequenceInputs& inputs, const KLInputs& kl, const Val
       reduction == Reduction::mean ? 1.0 / double(std::max<int64_t>(1, inputs.n_sequences)) : 1.0;
   double total = 0;
   for (int64_t i = 0; i < inputs.n_sequences; ++i) {
-    const double log_ratio = difference(inputs.logps[i], inputs.ref_logps ? inputs.ref_logps[i] : 0.0);
+    const double log_ratio =
+        difference(inputs.logps[i], inputs.ref_logps ? inputs.ref_logps[i] : 0.0);
     const SequenceLoss loss = sequence_loss(log_ratio, z0, inputs.desirable[i], options);
     const double tokens = inputs.average ? double(std::max<int64_t>(1, inputs.counts[i])) : 1.0;
     out.rewards[i] = float(options.beta * log_ratio);

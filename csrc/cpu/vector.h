@@ -35,9 +35,7 @@ inline Floats splat(float value) { return Floats{} + value; }
 
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
-inline Floats to_float(Halves h, bf16) {
-  return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
+inline Floats to_float(Halves h, bf16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
 
 // To nearest even, in the upper half of each word. Not for NaNs with a payload in the lower half.
 inline Words round_to_bf16(Floats f) {

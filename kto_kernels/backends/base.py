@@ -77,12 +77,13 @@ class StagedBackend(Backend):
         """Stages kl_reference_point, value and loss."""
 
     def kto_forward(self, policy, scale, desirable, ref, kl, kl_policy, kl_ref, options):
-        token_logps, statistics = self.token_logps(policy, scale)
-        logps, counts = self.sequence_logps(policy, token_logps, options.average_log_prob)
+        policy_token_logps, statistics = self.token_logps(policy, scale)
+        logps, counts = self.sequence_logps(policy, policy_token_logps, options.average_log_prob)
 
         def sums(side: Sequences) -> Tensor | None:
             if side.rows is not None:
-                return self.sequence_logps(side.rows, self.token_logps(side.rows, scale)[0], options.average_log_prob)[0]
+                token_logps, _ = self.token_logps(side.rows, scale)
+                return self.sequence_logps(side.rows, token_logps, options.average_log_prob)[0]
             if side.logps is None:
                 return None
             # A copy: operators must not return their inputs.
@@ -103,7 +104,7 @@ class StagedBackend(Backend):
         return ForwardResult(
             logps=logps,
             ref_logps=torch.zeros_like(logps) if ref_logps is None else ref_logps,
-            token_logps=token_logps,
+            token_logps=policy_token_logps,
             statistics=statistics,
             **vars(stages),
         )

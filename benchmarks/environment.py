@@ -1,0 +1,65 @@
+"""What a figure must carry: device, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import kto_kernels
+from kto_kernels.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+
+
+def describe(device: str) -> dict:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "kto_kernels": kto_kernels.__version__}
+    for package in ("triton", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": _device(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    isa = f", {cpu.instruction_set()}" if cpu.instruction_sets() else ""
+    return f"{model}, {os.cpu_count()} logical processors{isa}"
+
+
+def _commit() -> str:
+    """The commit the figures belong to, marked where the code differs from it."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "kto_kernels", "csrc", "benchmarks/*.py", "setup.py"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changed else "")

@@ -1,0 +1,217 @@
+"""One problem, three answers: ours, the fp64 oracle, and plain PyTorch in the problem's own dtype.
+
+The oracle is `kto_kernels.reference`, differentiated by autograd in fp64, outside our operators. Our error may be what
+plain PyTorch's is in that dtype, times 1.5, and a unit in the last place of the largest value: no bound that a gradient
+of zeros would meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kto_kernels import KTOOutput, kto_loss, reference
+from kto_kernels.backends import BACKENDS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPE_IDS = ["fp32", "bf16", "fp16"]
+
+# (backend, device): on the CPU Triton runs in its interpreter; with a GPU, there.
+_PAIRS = [("torch", "cpu"), ("cpu", "cpu")]
+_GPU_PAIRS = [(name, "cuda") for name in BACKENDS if name != "cpu"] if torch.cuda.is_available() else []
+if "triton" in BACKENDS and not _GPU_PAIRS:
+    _PAIRS.append(("triton", "cpu"))
+PLACES = [pytest.param(pair, id="-".join(pair)) for pair in _PAIRS] + [
+    pytest.param(pair, id="-".join(pair), marks=pytest.mark.gpu) for pair in _GPU_PAIRS
+]
+places = pytest.mark.parametrize("place", PLACES)
+# The torch backend is plain PyTorch, the yardstick of accuracy: what only the kernels promise leaves it out.
+kernel_places = pytest.mark.parametrize("place", [p for p in PLACES if p.values[0][0] != "torch"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+@dataclass
+class Problem:
+    """Arguments of `kto_loss`: `tensors` hold logits (any dtype), labels and offsets, `options` the rest."""
+
+    logits: Tensor
+    labels: Tensor
+    desirable: Tensor
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor.to(device)
+
+        return Problem(
+            move(self.logits),
+            self.labels.to(device),
+            self.desirable.to(device),
+            {name: move(tensor) for name, tensor in self.tensors.items()},
+            self.options,
+        )
+
+
+def problem(
+    batch: int = 5,
+    tokens: int = 9,
+    vocab: int = 131,
+    kl_batch: int = 4,
+    kl_tokens: int = 7,
+    *,
+    packed: bool = False,
+    ref: str | None = "logits",
+    kl: str | None = "logits",
+    ref_kl: str | None = "logits",
+    ignore_index: int = -100,
+    label_dtype: torch.dtype = torch.int64,
+    offset_dtype: torch.dtype = torch.int32,
+    spread: float = 3.0,
+    **options,
+) -> Problem:
+    """A random problem. The policy stays near the reference, as in training, so that nothing saturates by chance."""
+
+    def side(count: int, length: int):
+        logits = spread * torch.randn(count, length, vocab)
+        labels = torch.randint(vocab, (count, length), dtype=label_dtype)
+        labels[torch.rand(count, length) < 0.3] = ignore_index
+        if count > 2:
+            labels[1] = ignore_index  # a sequence without a scored token
+        if not packed:
+            return logits, labels, None
+        lengths = torch.randint(0, length + 1, (count,))
+        lengths[0] = length
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(offset_dtype)
+        n = int(offsets[-1])
+        return logits.flatten(0, 1)[:n].contiguous(), labels.flatten(0, 1)[:n].contiguous(), offsets
+
+    logits, labels, offsets = side(batch, tokens)
+    tensors = {} if offsets is None else {"cu_seqlens": offsets}
+    if ref == "logits":
+        tensors["ref_logits"] = logits + 0.3 * torch.randn_like(logits)
+    elif ref == "logps":
+        tensors["ref_logps"] = -5.0 * tokens * torch.rand(batch)
+    if "logits" in (kl, ref_kl):
+        kl_logits, tensors["kl_labels"], kl_offsets = side(kl_batch, kl_tokens)
+        if kl_offsets is not None:
+            tensors["kl_cu_seqlens"] = kl_offsets
+        if kl == "logits":
+            # Sharper than its reference: a positive estimate, so that the clamp hides nothing.
+            tensors["kl_logits"] = kl_logits
+        if ref_kl == "logits":
+            at = kl_logits.new_zeros(kl_logits.shape)
+            for shift in (0, -1):  # whichever of the two scores the position
+                labels_here = tensors["kl_labels"].roll(shift, -1).clamp(min=0).long()
+                at.scatter_(-1, labels_here.unsqueeze(-1), 0.5)
+            tensors["ref_kl_logits"] = kl_logits - at
+    if kl == "logps":
+        tensors["kl_logps"] = -10 * torch.rand(kl_batch, dtype=torch.float64)
+    if ref_kl == "logps":
+        tensors["ref_kl_logps"] = tensors["kl_logps"] - 2 if kl == "logps" else torch.full((kl_batch,), -40.0)
+    if kl == "number":
+        options["kl"] = 0.4
+    elif kl == "tensor":
+        tensors["kl"] = torch.tensor(0.4)
+    if ignore_index != -100:
+        options["ignore_index"] = ignore_index
+    return Problem(logits, labels, torch.arange(batch) % 3 != 1, tensors, options)
+
+
+def plain(problem: Problem, logit_scale: float = 1.0, softcap: float | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """The stages of `kto_kernels.reference` on the problem as it is, with autograd's gradient of the (summed) loss."""
+    options = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "loss_type": "kto", "shift": False}
+    options |= {"ignore_index": -100, "temperature": 1.0, "average_log_prob": False, "reduction": "mean"}
+    options |= problem.options
+    given = problem.tensors
+    ignore_index = options["ignore_index"]
+
+    def sums(logits, labels, cu_seqlens):
+        target = reference.targets(labels, options["shift"], ignore_index, cu_seqlens)
+        logps = reference.token_logps(logits, target, ignore_index, logit_scale, softcap, options["temperature"])
+        scored = target != ignore_index if options["average_log_prob"] else None
+        return reference.sequence_logps(logps, scored, cu_seqlens)
+
+    def side(name: str, labels, cu_seqlens):
+        if f"{name}logits" in given:
+            return sums(given[f"{name}logits"], labels, cu_seqlens)
+        return given.get(f"{name}logps")
+
+    logits = problem.logits.detach().requires_grad_()
+    kl_layout = given.get("kl_labels"), given.get("kl_cu_seqlens")
+    logps = sums(logits, problem.labels, given.get("cu_seqlens"))
+    ref_logps = side("ref_", problem.labels, given.get("cu_seqlens"))
+    kl_logps = side("kl_", *kl_layout)
+    if kl_logps is not None:
+        z0 = reference.kl_reference_point(kl_logps, side("ref_kl_", *kl_layout))
+    else:
+        z0 = torch.as_tensor(given.get("kl", options.get("kl", 0.0)), dtype=torch.float64, device=logits.device)
+    r = reference.log_ratio(logps, ref_logps)
+    weights = (options["desirable_weight"], options["undesirable_weight"])
+    losses = reference.loss(r, z0, problem.desirable, options["beta"], weights)
+    loss = reference.reduce(losses, options["reduction"])
+    (grad,) = torch.autograd.grad(upstream(loss), logits)
+    values = {
+        "loss": loss,
+        "logps": logps,
+        "ref_logps": torch.zeros_like(logps) if ref_logps is None else ref_logps,
+        "rewards": options["beta"] * r,
+        "kl": z0,
+    }
+    return {name: value.detach() for name, value in values.items()}, grad
+
+
+def upstream(loss: Tensor) -> Tensor:
+    """A scalar of the loss: with a gradient of its own for every sequence where it is not reduced."""
+    return (loss * torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)).sum()
+
+
+def ours(problem: Problem, backend: str, **extra) -> tuple[KTOOutput, Tensor]:
+    """`kto_loss` and its gradient; the logits are no leaf, so that `inplace_backward` may be asked for."""
+    logits = problem.logits.detach().clone(memory_format=torch.preserve_format).requires_grad_() * 1
+    out = kto_loss(
+        logits, problem.labels, problem.desirable, **problem.tensors, **problem.options, **extra, backend=backend
+    )
+    (grad,) = torch.autograd.grad(upstream(out.loss), logits)
+    return out, grad
+
+
+def assert_as_accurate(
+    name: str, mine: Tensor, plain_result: Tensor, exact: Tensor, unit: float, largest: float | None = None
+) -> None:
+    """|mine − exact| ≤ 1.5 |plain − exact| + one unit in the last place of the `largest` value that went into it (by
+    default, of the exact result)."""
+    assert mine.shape == exact.shape, name
+    assert torch.isfinite(mine).all(), name
+    if exact.numel() == 0:
+        return
+    mine, plain_result, exact = mine.double().cpu(), plain_result.double().cpu(), exact.double().cpu()
+    error = (mine - exact).abs().max().item()
+    largest = exact.abs().max().item() if largest is None else largest
+    allowed = 1.5 * (plain_result - exact).abs().max().item() + unit * largest
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check(problem: Problem, place: tuple[str, str], dtype: torch.dtype, **extra) -> KTOOutput:
+    """Runs the problem on a backend and compares every output and the gradient with the oracle."""
+    backend, device = place
+    typed = problem.to(dtype, device)
+    exact, exact_grad = plain(typed.to(torch.float64, device))
+    rounded, rounded_grad = plain(typed)
+    out, grad = ours(typed, backend, **extra)
+    fp32 = torch.finfo(torch.float32).eps
+    # Rewards, loss and kl are made of differences of log-probabilities: those are what was rounded.
+    logps = max(1.0, exact["logps"].abs().max().item(), exact["ref_logps"].abs().max().item())
+    beta = problem.options.get("beta", 0.1)
+    largest = {"kl": logps, "rewards": beta * logps, "loss": max(1.0, beta * logps)}
+    for name, value in exact.items():
+        assert_as_accurate(name, getattr(out, name), rounded[name], value, fp32, largest.get(name))
+    assert grad.dtype == dtype
+    # In fp64 there is nothing more exact to compare with: some units in the last place instead of one.
+    unit = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+    assert_as_accurate("gradient", grad, rounded_grad, exact_grad, unit)
+    return out

@@ -1,0 +1,257 @@
+"""The C++ kernels: every instruction set, any number of threads, very large logits, the extension's build."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import DTYPE_IDS, DTYPES, check, ours, problem
+from test_kto_loss import CASES
+
+from kto_kernels import kto_loss, token_logps
+from kto_kernels.backends import cpu
+
+ISAS = cpu.instruction_sets()
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("KTO_KERNELS_CPU_ISA", request.param)
+    assert cpu.instruction_set() == request.param
+    return request.param
+
+
+def test_the_build_has_every_instruction_set_of_this_machine():
+    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    expected = {"baseline"}
+    expected |= {"avx2"} if {"avx2", "fma", "f16c"} <= set(flags) else set()
+    expected |= {"avx512"} if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= set(flags) else set()
+    assert set(ISAS) == expected
+
+
+def test_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("KTO_KERNELS_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"KTO_KERNELS_CPU_ISA=mmx: this machine and build have .*baseline"):
+        token_logps(torch.randn(2, 3), torch.tensor([0, 1]), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("case", list(CASES))
+def test_every_instruction_set_equals_the_oracle(case, dtype, isa, poisoned_memory):
+    check(problem(**CASES[case]), ("cpu", "cpu"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_every_16_bit_number_is_read_and_written_right(dtype, isa):
+    """All 65,536 bit patterns as logits; gradients over all magnitudes, rounded as PyTorch rounds them."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = patterns[torch.isfinite(patterns)]
+    # Beside a label of the same value: the log-probability is −ln 2 only if the number was read right.
+    logits = torch.stack([finite, finite], -1)
+    labels = torch.zeros(len(finite), dtype=torch.int64)
+    torch.testing.assert_close(token_logps(logits, labels), torch.full((len(finite),), -0.6931472))
+    # Beside a label of 0: the gap itself.
+    logits = torch.stack([torch.zeros_like(finite), finite], -1)
+    expected = -torch.logaddexp(torch.zeros((), dtype=torch.float64), finite.double())
+    torch.testing.assert_close(
+        token_logps(logits, labels).double(), expected, rtol=2e-7, atol=1.5e-45
+    )  # fp32 ends there
+    # Infinities and NaNs are read as what they are.
+    special = patterns[~torch.isfinite(patterns)]
+    logps = token_logps(torch.stack([torch.zeros_like(special), special], -1), labels[: len(special)])
+    assert torch.equal(torch.isnan(logps), special != -torch.inf)
+    assert (logps[special == -torch.inf] == 0).all()
+
+    weights = torch.cat([10.0 ** torch.arange(-46, 5), -(10.0 ** torch.arange(-46, 5))])
+    x = torch.randn(len(weights), 200).to(dtype)
+    y = torch.zeros(len(weights), dtype=torch.int64)
+    grads = []
+    for logits in (x, x.float()):
+        leaf = logits.requires_grad_()
+        grads.append(torch.autograd.grad((token_logps(leaf, y) * weights).sum(), leaf)[0].double())
+    info = torch.finfo(dtype)
+    spacing = torch.clamp(
+        2.0 ** torch.floor(torch.log2(grads[1].abs())) * info.eps, min=info.smallest_normal * info.eps
+    )
+    representable = grads[1].abs() <= info.max
+    error = (grads[0] - grads[1]).abs()
+    assert (error <= 0.5001 * spacing + 1e-44)[representable].all()
+    assert torch.isinf(grads[0][~representable & (grads[1].abs() > info.max * 1.01)]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_thread_count_does_not_change_a_bit(dtype, isa):
+    p = problem(batch=3, tokens=100, vocab=5003, kl="number", ref_kl=None, shift=True).to(dtype)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ours(p, "cpu"))
+    torch.set_num_threads(2)
+    for out, grad in results[1:]:
+        assert torch.equal(grad, results[0][1]) and torch.equal(out.loss, results[0][0].loss)
+
+
+def test_callers_on_many_python_threads():
+    p = problem(batch=4, tokens=50, vocab=4001, kl="number", ref_kl=None)
+    expected, expected_grad = ours(p, "cpu")
+    failures = []
+
+    def call():
+        for _ in range(5):
+            out, grad = ours(p, "cpu")
+            if not (torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)):
+                failures.append(out)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_gil_is_released():
+    """Another Python thread goes on counting while the kernels work on one long call."""
+    logits = torch.zeros(2048, 50_000, dtype=torch.bfloat16)
+    labels = torch.zeros(2048, dtype=torch.int64)
+    longest, stop = [0.0], threading.Event()
+
+    def watch():
+        last = time.perf_counter()
+        while not stop.is_set():
+            time.sleep(0.0005)
+            now = time.perf_counter()
+            longest[0], last = max(longest[0], now - last), now
+
+    torch.set_num_threads(1)
+    token_logps(logits[:8], labels[:8])
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    for _ in range(4):
+        token_logps(logits, labels)
+    call = (time.perf_counter() - start) / 4
+    stop.set()
+    watcher.join()
+    torch.set_num_threads(2)
+    assert longest[0] < 0.8 * call
+
+
+@pytest.mark.large
+def test_more_than_2_to_the_31_logits():
+    """bf16, in place, within memory: offsets past 2^31 reach the right rows, and nothing of the size is allocated."""
+    vocab, rows = 49_157, 43_700
+    assert vocab * rows > 2**31
+    # Filled row by row from a few kilobytes of randomness, so that the test itself needs no second buffer.
+    logits = torch.empty(rows, vocab, dtype=torch.bfloat16)
+    pattern = (3 * torch.randn(37, vocab)).bfloat16()
+    for begin in range(0, rows, 37):
+        logits[begin : begin + 37] = pattern[: min(37, rows - begin)]
+    labels = torch.arange(rows) % vocab
+    offsets = torch.tensor([0, 10_000, rows - 5, rows])
+    good = torch.tensor([True, False, True])
+    ref = torch.tensor([-14.0, -15.0, -16.0])  # per token, so that 33,700 tokens do not saturate the sigmoid
+    watched = [0, 9_999, 10_000, rows - 6, rows - 5, rows - 1]
+    before = logits[watched].clone()
+
+    weight = torch.ones((), requires_grad=True)
+    view = _Identity.apply(logits, weight)
+    resident = _resident()
+    options = {"cu_seqlens": offsets, "kl": 0.0, "average_log_prob": True, "beta": 0.5, "desirable_weight": 1e4}
+    out = kto_loss(view, labels, good, ref_logps=ref, inplace_backward=True, **options)
+    (grad,) = torch.autograd.grad(out.loss, view)
+    assert _resident() - resident < 64 * 2**20
+    assert grad.data_ptr() == logits.data_ptr()
+
+    lengths = offsets.diff()
+    exact = before.double().requires_grad_()
+    logps = exact.log_softmax(-1).gather(-1, labels[watched, None])
+    (directions,) = torch.autograd.grad(logps.sum(), exact)
+    x = 0.5 * (out.logps - ref.double())
+    x = torch.where(good, x, -x)
+    slopes = torch.where(good, -1e4, 1.0) * 0.5 * torch.sigmoid(x) * torch.sigmoid(-x) / 3 / lengths
+    expected = slopes[[0, 0, 1, 1, 2, 2], None] * directions
+    assert expected.abs().amax(-1).min() > 1e-6
+    scale = expected.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(logits[watched].double() / scale, expected / scale, rtol=2**-8, atol=1e-6)
+
+
+class _Identity(torch.autograd.Function):
+    """Makes logits that are no leaf without copying them."""
+
+    @staticmethod
+    def forward(ctx, logits, weight):
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_without_a_compiler_the_build_names_the_way_out(tmp_path):
+    environment = {"PATH": str(tmp_path), "CXX": "no-such-compiler", "HOME": str(tmp_path)}
+    run = subprocess.run(
+        [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            "--build-temp",
+            str(tmp_path / "t"),
+            "--build-lib",
+            str(tmp_path / "l"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "no C++ compiler found" in run.stderr and "KTO_KERNELS_CPU=0" in run.stderr
+
+
+def test_without_the_extension_auto_takes_torch_and_says_so(tmp_path):
+    """As after `KTO_KERNELS_CPU=0 pip install .`: nothing falls back silently."""
+    code = """
+import sys, logging
+sys.modules["kto_kernels._cpu"] = None
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+import torch, kto_kernels
+x, y = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
+kto_kernels.token_logps(x, y)
+kto_kernels.token_logps(x, y)
+print(kto_kernels.available_backends()["cpu"])
+try:
+    kto_kernels.token_logps(x, y, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout.count("backend='torch' for float32 logits on cpu; not 'cpu'") == 1
+    assert run.stdout.count("build without KTO_KERNELS_CPU=0") == 3
+
+
+def test_incremental_build_compiles_nothing_again(tmp_path):
+    arguments = ["setup.py", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")]
+    environment = os.environ | {"KTO_KERNELS_WERROR": "1"}
+    first = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    again = subprocess.run(
+        [sys.executable, *arguments, "--force"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "ninja: no work to do" in again.stdout + again.stderr
+
+
+def test_no_torch_in_the_native_build():
+    for source in (ROOT / "csrc").rglob("*.*"):
+        assert "torch/" not in source.read_text() and "ATen" not in source.read_text(), source
+    linked = subprocess.run(["ldd", cpu._cpu.__file__], capture_output=True, text=True).stdout
+    assert "torch" not in linked and "libc" in linked

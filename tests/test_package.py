@@ -1,0 +1,94 @@
+"""The package as a user meets it: the report, the versions, the typing marker, what an import pulls in."""
+
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kto_kernels
+from kto_kernels import available_backends, token_logps
+from kto_kernels.backends import _automatic
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_report_names_versions_devices_and_backends():
+    run = subprocess.run([sys.executable, "-m", "kto_kernels"], capture_output=True, text=True, check=True, cwd="/")
+    assert f"kto_kernels {kto_kernels.__version__}" in run.stdout
+    assert f"torch {torch.__version__}" in run.stdout
+    for name in available_backends():
+        assert f"  {name}: " in run.stdout
+    assert "instruction sets" in run.stdout
+
+
+def test_one_version():
+    assert importlib.metadata.version("kto-kernels") == kto_kernels.__version__
+    hits = [p for p in ("pyproject.toml", "setup.py") if kto_kernels.__version__ in (ROOT / p).read_text()]
+    assert not hits
+
+
+def test_typed():
+    assert (Path(kto_kernels.__file__).parent / "py.typed").exists()
+
+
+def test_available_backends():
+    assert available_backends()["cpu"] is None and available_backends()["torch"] is None
+    assert "CPU tensors" in available_backends("cuda")["cpu"]
+
+
+def test_auto_says_once_what_it_picked(caplog):
+    _automatic.cache_clear()
+    with caplog.at_level(logging.INFO, logger="kto_kernels"):
+        for _ in range(3):
+            token_logps(torch.randn(2, 5), torch.tensor([1, 2]))
+            token_logps(torch.randn(2, 5).double(), torch.tensor([1, 2]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend='cpu' for float32 logits on cpu",
+        "backend='torch' for float64 logits on cpu; not 'cpu': it does not take float64",
+    ]
+
+
+def test_import_needs_no_optional_package():
+    code = """
+import sys
+for name in ("triton", "transformers", "numpy", "rich", "trl", "liger_kernel"):
+    sys.modules[name] = None
+import kto_kernels, torch
+kto_kernels.token_logps(torch.randn(2, 5), torch.tensor([1, 2]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_public_docstrings_say_what_they_raise():
+    for name in ("kto_loss", "token_logps", "sequence_logps", "kl_reference_point", "kto_loss_from_logps"):
+        doc = getattr(kto_kernels, name).__doc__
+        assert doc and ("Raises" in doc or "errors as for" in doc), name
+
+
+@pytest.mark.parametrize("name", ["kto_loss", "KTOLoss"])
+def test_signatures_of_the_contract(name):
+    """Names and defaults that trainers write down; a change here is a break."""
+    import inspect
+
+    parameters = inspect.signature(getattr(kto_kernels, name)).parameters
+    expected = {
+        "beta": 0.1,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+        "loss_type": "kto",
+        "average_log_prob": False,
+        "reduction": "mean",
+        "ignore_index": -100,
+        "shift": False,
+        "temperature": 1.0,
+        "inplace_backward": False,
+        "process_group": None,
+        "backend": "auto",
+    }
+    for option, default in expected.items():
+        assert parameters[option].default == default
+        assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
