@@ -92,8 +92,7 @@ class NinjaBuild(build_ext):
                 lines.append(f"build {escape(obj)}: compile {escape(ROOT.resolve() / source)}")
                 if spec:
                     width, isa_flags = spec
-                    # GCC's own AVX-512 header trips this warning (GCC bug 105593).
-                    extra = [f"-DKTO_ISA={isa}", f"-DKTO_VECTOR_BYTES={width}", "-Wno-maybe-uninitialized", *isa_flags]
+                    extra = [f"-DKTO_ISA={isa}", f"-DKTO_VECTOR_BYTES={width}", *isa_flags]
                     lines.append(f"  extra = {' '.join(extra)}")
                 objects.append(obj)
         lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")

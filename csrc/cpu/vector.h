@@ -7,7 +7,14 @@
 #include <string.h>
 
 #if defined(__AVX512F__) || defined(__F16C__)
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // its own intrinsics (GCC bug 105593)
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #ifndef KTO_VECTOR_BYTES
