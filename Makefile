@@ -33,7 +33,7 @@ clean:
 # torch comes first and alone: what depends on it must find it there.
 $(VENV)/base.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) "$$(grep ^torch== constraints.txt)"
 	$(PIP) setuptools wheel pybind11 ninja
 	touch $@
 

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -15,41 +16,65 @@ from .environment import ROOT, describe
 from .measure import in_fresh_process
 
 RESULTS = ROOT / "benchmarks" / "results"
-console = Console(width=120)
+SHAPES = {"cpu": [(1024, 49152)], "cuda": [(8192, 128256), (64, 128256), (8, 128256)]}
+NARROW = (2**20, 8)  # a shape whose O(N) memory is seen beside the rest
+console = Console(width=140)
 
 
 def run_logits(args: argparse.Namespace) -> None:
-    n, vocab = (64, 4096) if args.quick else args.shape
+    device = args.device
+    shapes = [(64, 4096)] if args.quick else [tuple(args.shape)] if args.shape else SHAPES[device]
     repeats = 3 if args.quick else args.repeats
-    dtypes = args.dtype or ["fp32", "bf16"]
-    result = {"benchmark": "logits", **describe("cpu"), "cases": []}
+    result = {"benchmark": "logits", "device kind": device, **describe(device), "cases": []}
+    path = args.json or (None if args.quick else RESULTS / f"logits-{device}.json")
+    variants = logits.memory_variants(device)
     with Progress(console=console) as progress:
-        for dtype in dtypes:
-            task = progress.add_task(f"logits {dtype}, N={n}, V={vocab}", total=repeats + 1 + len(report.MEMORY))
-            case = logits.run(dtype, n, vocab, repeats, lambda task=task: progress.advance(task))
-            case["peak extra bytes"] = {}
-            for variant in report.MEMORY:
-                case["peak extra bytes"][variant] = in_fresh_process(
-                    "benchmarks.logits", variant, dtype, str(n), str(vocab)
-                )
-                progress.advance(task)
-            result["cases"].append(case)
-    show(report.logits_table(result), result)
-    path = args.json or (None if args.quick else RESULTS / "logits-cpu.json")
+        for n, vocab in shapes:
+            for dtype in args.dtype or ["fp32", "bf16"]:
+                task = progress.add_task(f"N={n}, V={vocab}, {dtype}", total=repeats + 1 + len(variants))
+
+                def tick(task=task):
+                    progress.advance(task)
+
+                case = logits.run(dtype, n, vocab, repeats, tick, device)
+                case["peak extra bytes"] = {}
+                for variant in variants:
+                    case["peak extra bytes"][variant] = memory(variant, dtype, n, vocab, device)
+                    tick()
+                result["cases"].append(case)
+                write(result, path)  # as soon as it exists: a run cut off leaves its results
+    if not args.quick:
+        inplace = next(name for name in variants if name.endswith(logits.INPLACE))
+        size = memory(inplace, "fp32", *NARROW, device)
+        result["in-place bytes per token"] = {"N": NARROW[0], "V": NARROW[1], "bytes": size}
+        write(result, path)
+    show(report.logits_table(result), report.provenance(result))
+    for line in report.notes(result):
+        console.print(line)
     if path:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {path}")
+
+
+def memory(variant: str, dtype: str, n: int, vocab: int, device: str) -> int:
+    if device == "cuda":
+        return logits.memory(variant, dtype, n, vocab, device)
+    return in_fresh_process("benchmarks.logits", variant, dtype, str(n), str(vocab), device)
+
+
+def write(result: dict, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def run_report(args: argparse.Namespace) -> None:
     changed = report.update_readme(check=args.check)
     if args.check and changed:
         raise SystemExit("README.md does not agree with benchmarks/results; run: python -m benchmarks report")
-    console.print("README.md agrees with benchmarks/results" if not changed else "README.md updated")
+    console.print("README.md updated" if changed else "README.md agrees with benchmarks/results")
 
 
-def show(rows: list[list[str]], result: dict) -> None:
-    table = Table(title=report.provenance(result), title_justify="left")
+def show(rows: list[list[str]], title: str) -> None:
+    table = Table(title=title, title_justify="left")
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows[1:]:
@@ -61,18 +86,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Micro-benchmarks of kto_kernels.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("logits", help="the loss from logits against naive PyTorch, on the CPU")
+    command = commands.add_parser("logits", help="the loss from logits against the peers")
     command.add_argument(
-        "--shape", type=int, nargs=2, metavar=("N", "V"), default=(1024, 49152), help="tokens, vocabulary"
+        "--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
     )
+    command.add_argument("--shape", type=int, nargs=2, metavar=("N", "V"), help="tokens and vocabulary")
     command.add_argument(
         "--dtype", action="append", choices=list(logits.DTYPES), help="may be given again (default: fp32, bf16)"
     )
     command.add_argument("--repeats", type=int, default=15, help="interleaved repetitions (default: 15)")
-    command.add_argument(
-        "--quick", action="store_true", help="a small shape and few repetitions; writes no results file"
-    )
-    command.add_argument("--json", type=Path, help="where the results go (default: benchmarks/results/logits-cpu.json)")
+    command.add_argument("--quick", action="store_true", help="a small shape, few repetitions, no results file")
+    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/logits-DEVICE.json)")
     command.set_defaults(run=run_logits)
 
     command = commands.add_parser("report", help="rebuild the README's tables from benchmarks/results")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks logits`: the loss from logits against naive PyTorch, on one batch.
+"""`python -m benchmarks logits`: the loss from logits, ours against the peers, on one batch.
 
 Every variant computes the same thing: the KTO loss of N tokens in 4 sequences with reference log-probabilities and a KL
 number, and (where it says so) the gradient to the logits. The gate compares loss and gradient with fp64 before anything
@@ -8,40 +8,36 @@ is timed.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kto_kernels import kto_loss, reference
 
-from .measure import interleaved, peak_extra_bytes
+from .measure import CudaClock, Timed, cpu_clock, interleaved, peak_extra_bytes
+from .peers import BETA, KL, NAIVE, Batch, LossOf, backends, naive, ours, peers
 
 SEQUENCES = 4
-BETA, KL = 0.1, 0.05
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAIVE = "naive PyTorch"
-VARIANTS = (NAIVE, "kto_loss, gradient in place", "kto_loss, fresh gradient", "kto_loss, forward only")
+# What reads the logits once and does nothing else: the yardstick of a pass.
+YARDSTICK = {"cpu": "logits.sum()", "cuda": "copy"}
+FORWARD, FRESH, INPLACE = "forward only", "forward + backward", "forward + in-place backward"
 
 
-@dataclass
-class Batch:
-    logits: Tensor  # (4, N / 4, V)
-    labels: Tensor
-    desirable: Tensor
-    ref_logps: Tensor
-
-
-def make_batch(n: int, vocab: int, dtype: torch.dtype) -> Batch:
+def make_batch(n: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     torch.manual_seed(0)
-    logits = torch.randn(SEQUENCES, n // SEQUENCES, vocab).mul_(3).to(dtype)
-    labels = torch.randint(vocab, logits.shape[:-1])
+    tokens = max(1, n // SEQUENCES)
+    logits = torch.empty(SEQUENCES, tokens, vocab, dtype=dtype, device=device)
+    for sequence in logits:
+        sequence.copy_(3 * torch.randn(tokens, vocab, device=device))
+    labels = torch.randint(vocab, logits.shape[:-1], device=device)
     labels[:, ::2] = logits[:, ::2].argmax(-1)  # half of the tokens are the model's own choice, as in a completion
     with torch.no_grad():
-        logps = kto_loss(logits, labels, torch.ones(SEQUENCES, dtype=torch.bool), kl=0.0).logps
+        logps = kto_loss(logits, labels, torch.ones(SEQUENCES, dtype=torch.bool, device=device), kl=0.0).logps
     # The policy is near its reference, as in training: nothing saturates.
-    ref_logps = logps + torch.tensor([1.0, -2.0, 3.0, 0.5])
-    return Batch(logits, labels, torch.tensor([True, False, True, True]), ref_logps)
+    ref_logps = logps + torch.tensor([1.0, -2.0, 3.0, 0.5], device=device)
+    return Batch(logits, labels, torch.tensor([True, False, True, True], device=device), ref_logps)
 
 
 class _Producer(torch.autograd.Function):
@@ -57,114 +53,115 @@ class _Producer(torch.autograd.Function):
 
 
 def produced(logits: Tensor) -> Tensor:
-    return _Producer.apply(logits, torch.ones((), requires_grad=True))
+    return _Producer.apply(logits, torch.ones((), device=logits.device, requires_grad=True))
 
 
-def ours(batch: Batch, logits: Tensor, inplace: bool):
-    return kto_loss(
-        logits,
-        batch.labels,
-        batch.desirable,
-        ref_logps=batch.ref_logps,
-        kl=KL,
-        beta=BETA,
-        inplace_backward=inplace,
-    ).loss
-
-
-def naive(batch: Batch, logits: Tensor) -> Tensor:
-    """What trainers write: fp32 log-softmax, gather, sum, sigmoid."""
-    logps = logits.float().log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1).sum(-1)
-    margin = BETA * (logps - batch.ref_logps - KL)
-    return (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean().float()
-
-
-def with_gradient(loss_of, logits: Tensor) -> tuple[Tensor, Tensor]:
-    loss = loss_of(logits)
+def with_gradient(loss_of: LossOf, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    loss = loss_of(batch, logits)
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-def gate(batch: Batch) -> dict:
+def forward_only(loss_of: LossOf, batch: Batch, logits: Tensor) -> Tensor:
+    with torch.no_grad():
+        return loss_of(batch, logits)
+
+
+def gate(batch: Batch, mine: dict[str, LossOf]) -> dict:
     """Errors against fp64 of ours and of naive PyTorch; raises where ours are larger.
 
     fp64 goes by slices of rows, so that a large batch fits.
     """
-    truth_logps = torch.cat(
-        [reference.token_logps(x.double(), y) for x, y in zip(batch.logits.unbind(), batch.labels.unbind())]
-    ).view(batch.labels.shape)
-    r = truth_logps.sum(-1) - batch.ref_logps
-    arguments = (r, torch.tensor(KL, dtype=torch.float64), batch.desirable, BETA, (1.0, 1.0))
+    sequences = list(zip(batch.logits.unbind(), batch.labels.unbind()))
+    slices = [slice(begin, begin + 64) for begin in range(0, batch.labels.shape[1], 64)]
+    r = torch.stack([sum(reference.token_logps(x[rows].double(), y[rows]).sum() for rows in slices) for x, y in sequences])
+    z0 = torch.tensor(KL, dtype=torch.float64, device=r.device)
+    arguments = (r - batch.ref_logps, z0, batch.desirable, BETA, (1.0, 1.0))
     true_loss = reference.loss(*arguments).mean()
     slopes = reference.loss_slope(*arguments) / SEQUENCES
 
-    answers = {
-        "ours": with_gradient(lambda x: ours(batch, x, False), produced(batch.logits)),
-        "ours in place": with_gradient(lambda x: ours(batch, x, True), produced(batch.logits.clone())),
-        "naive": with_gradient(lambda x: naive(batch, x), batch.logits.detach().requires_grad_()),
-    }
-    errors = {
-        name: {"loss": abs(loss.double() - true_loss).item(), "gradient": 0.0} for name, (loss, _) in answers.items()
-    }
-    largest = 0.0
-    for i, slope in enumerate(slopes):
-        for begin in range(0, batch.labels.shape[1], 64):
-            rows = slice(begin, begin + 64)
-            truth = reference.token_logps_grad(
-                batch.logits[i, rows].double(), batch.labels[i, rows], slope.expand(len(batch.labels[i, rows]))
-            )
-            largest = max(largest, truth.abs().max().item())
-            for name, (_, grad) in answers.items():
-                error = (grad[i, rows].double() - truth).square().sum().item()
-                errors[name]["gradient"] += error
-    for error in errors.values():
-        error["gradient"] = (error["gradient"] / batch.logits.numel()) ** 0.5
-    for name in ("ours", "ours in place"):
+    errors = {}
+    for name, loss_of in {NAIVE: naive, **mine}.items():
+        loss, grad = with_gradient(loss_of, batch, produced(batch.logits.clone()))
+        squares = 0.0
+        for i, (x, y) in enumerate(sequences):
+            for rows in slices:
+                truth = reference.token_logps_grad(x[rows].double(), y[rows], slopes[i].expand(len(y[rows])))
+                squares += (grad[i, rows].double() - truth).square().sum().item()
+        errors[name] = {
+            "loss": abs(loss.double() - true_loss).item(),
+            "gradient": (squares / batch.logits.numel()) ** 0.5,
+        }
+        del loss, grad
+    for name in mine:
         for what, unit in (("loss", torch.finfo(torch.float32).eps), ("gradient", 0.0)):
-            allowed = 1.001 * errors["naive"][what] + unit
+            allowed = 1.001 * errors[NAIVE][what] + unit
             if not errors[name][what] <= allowed:
                 raise SystemExit(
                     f"gate: {name}, {what}: error {errors[name][what]:.3e} > {allowed:.3e}; nothing was timed"
                 )
-    return {"rms or absolute error against fp64": errors, "largest gradient": largest}
+    return errors
 
 
-def run(dtype: str, n: int, vocab: int, repeats: int, tick) -> dict:
-    batch = make_batch(n, vocab, DTYPES[dtype])
-    accuracy = gate(batch)
+def run(dtype: str, n: int, vocab: int, repeats: int, tick: Callable, device: str = "cpu") -> dict:
+    batch = make_batch(n, vocab, DTYPES[dtype], device)
+    found = peers(device)
+    absent = {name: why for name, why in found.items() if isinstance(why, str)}
+    theirs = {name: loss_of for name, loss_of in found.items() if name not in absent}
+    names = {backend: f"kto_loss, {backend}" for backend in backends(device)}
+    errors = gate(
+        batch,
+        {name: ours(backend) for backend, name in names.items()}
+        | {f"{name}, in place": ours(backend, inplace=True) for backend, name in names.items()},
+    )
+
     scratch = batch.logits.clone()
     leaf = batch.logits.detach().requires_grad_()
 
-    def overwritten():
+    def overwritten() -> Tensor:
         scratch.copy_(batch.logits)  # the last gradient went over it
         return produced(scratch)
 
-    def forward_only(x):
-        with torch.no_grad():
-            return ours(batch, x, False)
+    def timed(loss_of: LossOf, step: Callable, setup: Callable[[], Tensor]) -> Timed:
+        return Timed(setup, lambda x: step(loss_of, batch, x))
 
-    runs = {
-        NAIVE: (lambda: leaf, lambda x: with_gradient(lambda y: naive(batch, y), x)),
-        VARIANTS[1]: (overwritten, lambda x: with_gradient(lambda y: ours(batch, y, True), x)),
-        VARIANTS[2]: (lambda: produced(batch.logits), lambda x: with_gradient(lambda y: ours(batch, y, False), x)),
-        VARIANTS[3]: (lambda: batch.logits, forward_only),
-        "logits.sum()": (lambda: batch.logits, lambda x: x.sum()),
-    }
-    times = interleaved(runs, repeats, tick)
-    return {"dtype": dtype, "N": n, "V": vocab, "repeats": repeats, "accuracy": accuracy, "seconds": times}
+    runs = {}
+    for name, loss_of in theirs.items():
+        runs[f"{name}, {FRESH}"] = timed(loss_of, with_gradient, lambda: leaf)
+        if device == "cuda":
+            runs[f"{name}, {FORWARD}"] = timed(loss_of, forward_only, lambda: batch.logits)
+    for backend, name in names.items():
+        runs[f"{name}, {INPLACE}"] = timed(ours(backend, inplace=True), with_gradient, overwritten)
+        runs[f"{name}, {FRESH}"] = timed(ours(backend), with_gradient, lambda: leaf)
+        runs[f"{name}, {FORWARD}"] = timed(ours(backend), forward_only, lambda: batch.logits)
+    if device == "cpu":
+        runs[YARDSTICK[device]] = Timed(lambda: batch.logits, lambda x: x.sum())
+    else:
+        runs[YARDSTICK[device]] = Timed(lambda: batch.logits, scratch.copy_)
+    clock = cpu_clock if device == "cpu" else CudaClock()
+    seconds = interleaved(runs, repeats, clock, tick)
+    case = {"dtype": dtype, "N": batch.labels.numel(), "V": vocab, "repeats": repeats}
+    return case | {"errors against fp64": errors, "seconds": seconds, "absent": absent}
 
 
-def memory(variant: str, dtype: str, n: int, vocab: int) -> int:
-    """Peak resident bytes of one loss step above its inputs; run in a fresh process."""
-    small = make_batch(8, 64, DTYPES[dtype])
-    batch = make_batch(n, vocab, DTYPES[dtype])
-    steps = {
-        NAIVE: lambda b: with_gradient(lambda x: naive(b, x), b.logits.detach().requires_grad_()),
-        VARIANTS[1]: lambda b: with_gradient(lambda x: ours(b, x, True), produced(b.logits)),
-        VARIANTS[2]: lambda b: with_gradient(lambda x: ours(b, x, False), produced(b.logits)),
-    }
-    steps[variant](small)  # code and thread stacks are loaded before the measurement
-    return peak_extra_bytes(lambda: steps[variant](batch))
+def memory_variants(device: str) -> dict[str, LossOf]:
+    """What the memory of one step is measured of."""
+    variants: dict[str, LossOf] = {f"{NAIVE}, {FRESH}": naive}
+    for backend in backends(device):
+        variants[f"kto_loss, {backend}, {INPLACE}"] = ours(backend, inplace=True)
+        variants[f"kto_loss, {backend}, {FRESH}"] = ours(backend)
+    return variants
+
+
+def memory(variant: str, dtype: str, n: int, vocab: int, device: str = "cpu") -> int:
+    """Peak bytes of one loss step above its inputs; on the CPU, to be run in a fresh process."""
+    loss_of = memory_variants(device)[variant]
+    small = make_batch(8, 64, DTYPES[dtype], device)
+    batch = make_batch(n, vocab, DTYPES[dtype], device)
+    with_gradient(loss_of, small, produced(small.logits))  # code and thread stacks are loaded before the measurement
+    logits = produced(batch.logits)
+    return peak_extra_bytes(lambda: with_gradient(loss_of, batch, logits), device)
 
 
 if __name__ == "__main__":
-    print(memory(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    variant, dtype, n, vocab, device = sys.argv[1:]
+    print(memory(variant, dtype, int(n), int(vocab), device))

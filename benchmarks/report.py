@@ -6,11 +6,13 @@ import json
 import re
 
 from .environment import ROOT
-from .logits import NAIVE, VARIANTS
+from .logits import FORWARD, FRESH, INPLACE, YARDSTICK
+from .peers import NAIVE
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MEMORY = VARIANTS[:3]
+# Passes over the logits that each needs at least: reads and writes.
+PASSES = {FORWARD: 1, FRESH: 3, INPLACE: 3}
 
 
 def provenance(result: dict) -> str:
@@ -19,27 +21,38 @@ def provenance(result: dict) -> str:
 
 
 def logits_table(result: dict) -> list[list[str]]:
-    rows = [["", "dtype", "time (quartiles)", "naive / this", "this / logits.sum()", "peak extra memory"]]
+    kind = result["device kind"]
+    yardstick = YARDSTICK[kind]
+    last = "time / logits.sum()" if kind == "cpu" else "of the copy bandwidth"
+    rows = [["", "N", "dtype", "ms (quartiles)", "naive / this", last, "peak extra memory"]]
     for case in result["cases"]:
         seconds = case["seconds"]
-        naive, total = seconds[NAIVE]["median"], seconds["logits.sum()"]["median"]
+        one_pass = seconds[yardstick]["median"] / (1 if kind == "cpu" else 2)  # a copy reads and writes
         for variant, times in seconds.items():
-            extra = case["peak extra bytes"].get(variant)
+            median = times["median"]
+            mode = variant.rsplit(", ", 1)[-1]
+            baseline = seconds.get(f"{NAIVE}, {FORWARD if mode == FORWARD else FRESH}")
+            ratio = f"{baseline['median'] / median:.1f}×" if baseline and mode in PASSES else ""
+            if kind == "cpu":
+                share = f"{median / one_pass:.1f}×"
+            else:
+                share = f"{100 * PASSES.get(mode, 2) * one_pass / median:.0f} %"
             rows.append(
                 [
                     variant,
+                    str(case["N"]),
                     case["dtype"],
-                    f"{1e3 * times['median']:.1f} ms ({1e3 * times['low']:.1f}–{1e3 * times['high']:.1f})",
-                    f"{naive / times['median']:.1f}×" if variant in VARIANTS[:3] else "",
-                    f"{times['median'] / total:.1f}×",
-                    "" if extra is None else memory(extra, case["N"]),
+                    f"{1e3 * median:.1f} ({1e3 * times['low']:.1f}–{1e3 * times['high']:.1f})",
+                    ratio,
+                    share,
+                    memory(case.get("peak extra bytes", {}).get(variant)),
                 ]
             )
     return rows
 
 
-def memory(size: int, n: int) -> str:
-    return f"{size / 2**20:.1f} MiB ({size / n:,.0f} bytes per token)"
+def memory(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f} MiB"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -48,25 +61,41 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def accuracy_line(result: dict) -> str:
-    parts = []
+def notes(result: dict) -> list[str]:
+    """Sentences under the table: accuracy, memory per token, peers that were not there."""
+    errors = []
     for case in result["cases"]:
-        errors = case["accuracy"]["rms or absolute error against fp64"]
-        parts.append(
-            f"{case['dtype']} gradient {errors['ours']['gradient']:.2e} (naive {errors['naive']['gradient']:.2e}), "
-            f"loss {errors['ours']['loss']:.1e} (naive {errors['naive']['loss']:.1e})"
+        plain = case["errors against fp64"][NAIVE]
+        for name, mine in case["errors against fp64"].items():
+            if name != NAIVE and "in place" not in name:
+                errors.append(
+                    f"{case['dtype']}, N = {case['N']}, {name}: gradient {mine['gradient']:.2e} "
+                    f"(naive {plain['gradient']:.2e}), loss {mine['loss']:.1e} (naive {plain['loss']:.1e})"
+                )
+    lines = ["Error against fp64, root mean square of the gradient and absolute of the loss: " + "; ".join(errors) + "."]
+    if "in-place bytes per token" in result:
+        per_token = result["in-place bytes per token"]
+        lines.append(
+            f"The in-place step's peak memory above its inputs, over N = {per_token['N']:,} tokens of a vocabulary of "
+            f"{per_token['V']}: {per_token['bytes'] / per_token['N']:.0f} bytes per token; per vocabulary entry none, "
+            "as the table shows."
         )
-    return "Error against fp64, root mean square of the gradient and absolute of the loss: " + "; ".join(parts) + "."
+    for name, why in result["cases"][0]["absent"].items():
+        lines.append(f"{name}: {why}.")
+    return lines
 
 
-def logits_section() -> str:
-    result = json.loads((RESULTS / "logits-cpu.json").read_text())
+def logits_section(kind: str) -> str:
+    path = RESULTS / f"logits-{kind}.json"
+    if not path.exists():
+        return "not measured"
+    result = json.loads(path.read_text())
     case = result["cases"][0]
-    head = f"N = {case['N']} tokens, V = {case['V']}, medians of {case['repeats']} interleaved runs in one process. "
-    return f"{head}{provenance(result)}.\n\n{markdown(logits_table(result))}\n\n{accuracy_line(result)}"
+    head = f"V = {case['V']}, medians of {case['repeats']} interleaved runs in one process. {provenance(result)}."
+    return "\n\n".join([head, markdown(logits_table(result)), *notes(result)])
 
 
-SECTIONS = {"logits-cpu": logits_section}
+SECTIONS = {"logits-cpu": lambda: logits_section("cpu"), "logits-cuda": lambda: logits_section("cuda")}
 
 
 def update_readme(check: bool = False) -> bool:
@@ -74,10 +103,10 @@ def update_readme(check: bool = False) -> bool:
     text = README.read_text()
     new = text
     for name, section in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(\n<!-- end -->)", re.S)
+        pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(\n?<!-- end -->)", re.S)
         if not pattern.search(new):
             raise SystemExit(f"README.md has no place for the results {name!r}")
-        new = pattern.sub(lambda match, section=section: match[1] + section() + match[2], new)
+        new = pattern.sub(lambda match, section=section: f"{match[1]}{section()}\n<!-- end -->", new)
     if not check and new != text:
         README.write_text(new)
     return new != text

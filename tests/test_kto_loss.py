@@ -71,7 +71,7 @@ def test_in_place_backward_gives_the_same_bits(case, dtype, place):
 def test_repeats_bitwise(case, place):
     p = problem(**CASES[case]).to(torch.float32, place[1])
     first, first_grad = ours(p, place[0])
-    for _ in range(3):
+    for _ in range(1 if place == ("triton", "cpu") else 3):  # the interpreter has no races to find
         again, again_grad = ours(p, place[0])
         assert torch.equal(again_grad, first_grad)
         for name in ("loss", "logps", "ref_logps", "rewards", "kl"):

@@ -1,10 +1,10 @@
-"""Any layout gives the bits of the contiguous one: strides, views, shift, packing, unaligned labels."""
+"""Any layout gives the result of the contiguous one: strides, views, shift, packing, unaligned labels."""
 
 import itertools
 
 import pytest
 import torch
-from harness import DTYPES, dtypes, ours, places, problem, upstream
+from harness import DTYPES, assert_same, dtypes, ours, places, problem, upstream
 
 from kto_kernels import kto_loss, token_logps
 
@@ -31,7 +31,8 @@ def test_leading_strides_are_arbitrary(dtype, place):
     assert not x.is_contiguous()
     out = kto_loss(x, p.labels, p.desirable, **p.tensors, **p.options, backend=backend)
     (grad,) = torch.autograd.grad(upstream(out.loss), x)
-    assert torch.equal(out.loss, expected.loss) and torch.equal(grad, expected_grad)
+    assert_same(place, out.loss, expected.loss)
+    assert_same(place, grad, expected_grad)
 
 
 @places
@@ -39,14 +40,15 @@ def test_in_place_into_a_view_leaves_the_rest_of_the_buffer_alone(place):
     backend, device = place
     p = problem().to(torch.float32, device)
     _, expected = ours(p, backend)
-    base = torch.zeros(5, 10, 131 + 3, device=device).requires_grad_() * 1
+    base = torch.zeros(4, 7, 131 + 3, device=device).requires_grad_() * 1
     with torch.no_grad():
-        base[:, :9, :131] = p.logits
-    view = base[:, :9, :131]
+        base[:, :6, :131] = p.logits
+    view = base[:, :6, :131]
     out = kto_loss(view, p.labels, p.desirable, **p.tensors, **p.options, inplace_backward=True, backend=backend)
     (grad,) = torch.autograd.grad(upstream(out.loss), view)
-    assert grad.data_ptr() == view.data_ptr() and torch.equal(grad, expected)
-    assert not base[:, 9:].any() and not base[:, :, 131:].any()
+    assert grad.data_ptr() == view.data_ptr()
+    assert_same(place, grad, expected)
+    assert not base[:, 6:].any() and not base[:, :, 131:].any()
 
 
 @places
@@ -75,19 +77,20 @@ def test_shift_is_slicing(packed, place):
 def test_packed_equals_padded(place):
     """The same sequences, one after the other instead of padded: the same sums and the same gradient rows."""
     backend, device = place
-    lengths = [9, 0, 1, 5]
-    p = problem(batch=4, kl="number", ref_kl=None, shift=True).to(torch.float32, device)
+    lengths = [6, 0, 1, 5]
+    p = problem(kl="number", ref_kl=None, shift=True).to(torch.float32, device)
     for i, length in enumerate(lengths):
         p.labels[i, length:] = -100
         p.labels[i, :length] = torch.randint(131, (length,))
     padded, padded_grad = ours(p, backend)
-    keep = torch.cat([torch.arange(length) + 9 * i for i, length in enumerate(lengths)]).to(device)
+    keep = torch.cat([torch.arange(length) + 6 * i for i, length in enumerate(lengths)]).to(device)
     p.logits, p.labels = p.logits.flatten(0, 1)[keep], p.labels.flatten()[keep]
     p.tensors["ref_logits"] = p.tensors["ref_logits"].flatten(0, 1)[keep]
     p.tensors["cu_seqlens"] = torch.tensor([0, *lengths], device=device).cumsum(0)
     packed, packed_grad = ours(p, backend)
-    assert torch.equal(packed.logps, padded.logps) and torch.equal(packed.loss, padded.loss)
-    assert torch.equal(packed_grad, padded_grad.flatten(0, 1)[keep])
+    assert_same(place, packed.logps, padded.logps)
+    assert_same(place, packed.loss, padded.loss)
+    assert_same(place, packed_grad, padded_grad.flatten(0, 1)[keep])
 
 
 @places
@@ -112,27 +115,27 @@ def test_unaligned_logits(offset, place):
         labels = torch.arange(5, device=device)
         x, y = logits.requires_grad_(), logits.detach().clone().requires_grad_()
         mine, aligned = token_logps(x, labels, backend=backend), token_logps(y, labels, backend=backend)
-        assert torch.equal(mine, aligned)
+        assert_same(place, mine, aligned)
         (gx,), (gy,) = torch.autograd.grad(mine.sum(), x), torch.autograd.grad(aligned.sum(), y)
-        assert torch.equal(gx, gy)
+        assert_same(place, gx, gy)
 
 
 @places
-def test_invariances_that_hold_exactly(place):
+def test_invariances(place):
     """Permuting sequences, padding them, and splitting the batch."""
     backend, device = place
     p = problem(kl="number", ref_kl=None, reduction="none").to(torch.float32, device)
     out, _grad = ours(p, backend)
-    order = torch.tensor([3, 0, 4, 1, 2], device=device)
+    order = torch.tensor([3, 0, 1, 2], device=device)
     ref = p.tensors["ref_logits"]
     options = p.options | {"backend": backend}
     permuted = kto_loss(p.logits[order], p.labels[order], p.desirable[order], ref_logits=ref[order], **options)
-    assert torch.equal(permuted.loss, out.loss[order])
+    assert_same(place, permuted.loss, out.loss[order])
     halves = [
         kto_loss(p.logits[s], p.labels[s], p.desirable[s], ref_logits=ref[s], **options).loss
-        for s in (slice(0, 2), slice(2, 5))
+        for s in (slice(0, 1), slice(1, 4))
     ]
-    assert torch.equal(torch.cat(halves), out.loss)
+    assert_same(place, torch.cat(halves), out.loss)
     pad = torch.nn.functional.pad
     padded = kto_loss(
         pad(p.logits, (0, 0, 0, 3), value=7.0),
@@ -141,4 +144,4 @@ def test_invariances_that_hold_exactly(place):
         ref_logits=pad(ref, (0, 0, 0, 3)),
         **options,
     )
-    assert torch.equal(padded.loss, out.loss)
+    assert_same(place, padded.loss, out.loss)

@@ -11,13 +11,14 @@ import torch
 from .base import Backend
 from .cpu import CpuBackend
 from .pytorch import TorchBackend
+from .triton import TritonBackend
 
 logger = logging.getLogger("kto_kernels")
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), CpuBackend(), TorchBackend())}
 
 # `auto`, by device type: the first that can run.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 NAMES = ("auto", *BACKENDS)
 
 

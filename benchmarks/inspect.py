@@ -1,0 +1,228 @@
+"""Compiles every variant of the Triton kernels to machine code, without a GPU, and reads what became of it: registers,
+shared memory, spills, and how wide the loads are.
+
+    python -m benchmarks.inspect [--json] [--arch sm_90 ...] [--no-amd]
+
+The launchers themselves say what to compile: they are called with a few rows on the CPU and stopped short of the
+launch, so that block sizes, flags and compiler options are those of a real call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from kto_kernels.backends import triton as launchers
+from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+AMD = "gfx942"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Each compile-time choice of the kernels at least once, alone or in the company that needs the most registers.
+# Layout: (packed, shift, label dtype); sides: where reference and KL come from, see _forward.
+_PADDED, _SHIFTED = (False, False, torch.int64), (False, True, torch.int32)
+_PACKED, _PACKED_SHIFTED = (True, False, torch.int64), (True, True, torch.int64)
+_TOKEN_LOGPS = {
+    "padded": (_PADDED, None),
+    "packed, shift, softcap": (_PACKED_SHIFTED, 30.0),
+}
+_FORWARD = {
+    "reference-free, KL number": (_PADDED, "none", False, "mean", None),
+    "log-probs": (_SHIFTED, "logps", False, "none", None),
+    "logits": (_PADDED, "logits", False, "mean", None),
+    "logits, packed, shift, average": (_PACKED_SHIFTED, "logits", True, "sum", None),
+    "logits, shift, average, softcap": (_SHIFTED, "logits", True, "mean", 30.0),
+}
+_BACKWARD = {
+    "loss": (_PADDED, True, None),
+    "loss, packed, shift": (_PACKED_SHIFTED, True, None),
+    "tokens, packed, softcap": (_PACKED, False, 30.0),
+}
+
+
+def _rows(layout, dtype: torch.dtype) -> Rows:
+    packed, shift, label_dtype = layout
+    lead = (4,) if packed else (2, 2)
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32) if packed else None
+    return Rows(torch.zeros(*lead, 8, dtype=dtype), torch.zeros(lead, dtype=label_dtype), offsets, shift, -100)
+
+
+def _token_logps(dtype, layout, softcap):
+    launchers.TritonBackend().token_logps(_rows(layout, dtype), Scale(1.0, softcap, 1.0))
+
+
+def _forward(dtype, layout, sides, average, reduction, softcap):
+    rows, desirable = _rows(layout, dtype), torch.ones(2, dtype=torch.bool)
+    side = {"none": Sequences(), "logps": Sequences(None, torch.zeros(2)), "logits": Sequences(rows)}[sides]
+    options = LossOptions(0.1, 1.0, 1.0, average, reduction)
+    backend = launchers.TritonBackend()
+    backend.kto_forward(rows, Scale(1.0, softcap, 1.0), desirable, side, 0.0, side, side, options)
+
+
+def _backward(dtype, layout, of_loss, softcap):
+    rows = _rows(layout, dtype)
+    grad, coefficients = (torch.ones(()), torch.ones(2)) if of_loss else (torch.ones(rows.labels.shape), None)
+    statistics = torch.zeros(2, *rows.labels.shape)
+    backend = launchers.TritonBackend()
+    backend.logits_backward(
+        rows, Scale(1.0, softcap, 1.0), grad, coefficients, statistics[0], statistics, torch.zeros_like(rows.logits)
+    )
+
+
+def variants() -> Iterator[tuple[str, object, dict]]:
+    """(name, kernel, arguments) of each, as a launcher would launch them."""
+    for dtype in DTYPES:
+        for call, table in ((_token_logps, _TOKEN_LOGPS), (_forward, _FORWARD), (_backward, _BACKWARD)):
+            for name, choices in table.items():
+                with mock.patch.object(launchers, "_launch") as launch:
+                    call(dtype, *choices)
+                kernel, _, _, arguments = launch.call_args.args
+                yield f"{name}, {str(dtype).removeprefix('torch.')}", kernel, arguments
+
+
+def inspect(architectures=ARCHITECTURES, amd: bool = True) -> list[dict]:
+    """Compiles all variants for `architectures` (NVIDIA) and, with `amd`, for gfx942.
+
+    Returns:
+        One dict a variant and target: kernel, variant, target, registers, shared (bytes), spills (bytes), loads and
+        stores (bits of one access → how many such instructions).
+
+    Raises:
+        RuntimeError: Triton is missing, or its interpreter is on, under which nothing can be compiled.
+    """
+    if launchers.kernels is None:
+        raise RuntimeError(launchers.TritonBackend().unavailable(torch.device("cuda")))
+    if launchers.INTERPRETED:
+        raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1 and cannot be compiled: unset it")
+    targets = [*architectures, *([AMD] if amd else [])]
+    jobs = [(i, target) for i in range(len(list(variants()))) for target in targets]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compile, *zip(*jobs)))
+
+
+def _compile(index: int, target: str) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    name, kernel, arguments = list(variants())[index]
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+    hip = not target.startswith("sm_")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
+    options = launchers.options(hip, gpu.warp_size)
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=gpu, options=options)
+    read = _read_amd if hip else _read_nvidia
+    return {
+        "kernel": kernel.__name__.removesuffix("_kernel"),
+        "variant": name,
+        "target": target,
+        "shared": compiled.metadata.shared,
+        **read(compiled.asm),
+    }
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _read_nvidia(asm) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": counts["REG"],
+        "spills": counts["STACK"] + counts["LOCAL"],
+        "loads": _widths(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", asm["ptx"]),
+        "stores": _widths(r"\bst\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", asm["ptx"]),
+    }
+
+
+def _widths(pattern: str, ptx: str) -> dict[str, int]:
+    return dict(Counter(str(int(lanes or 1) * int(bits)) for lanes, bits in re.findall(pattern, ptx)))
+
+
+_AMD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "short": "16", "byte": "8"}
+
+
+def _read_amd(asm) -> dict:
+    code = asm["amdgcn"]
+
+    def count(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", code).group(1))
+
+    def widths(verb: str) -> dict[str, int]:
+        found = re.findall(rf"\b(?:global|buffer|flat)_{verb}_[us]?(dwordx\d|dword|short|byte)", code)
+        return dict(Counter(_AMD_BITS[kind] for kind in found))
+
+    return {
+        "registers": count("vgpr_count"),
+        "spills": count("private_segment_fixed_size"),
+        "loads": widths("load"),
+        "stores": widths("store"),
+    }
+
+
+def print_table(results: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="The Triton kernels as machine code")
+    for column in ("kernel", "variant", "target"):
+        table.add_column(column)
+    for column in ("registers", "shared, bytes", "spills, bytes", "loads, bits×count", "stores, bits×count"):
+        table.add_column(column, justify="right")
+
+    def widths(counts: dict[str, int]) -> str:
+        return " ".join(f"{bits}×{counts[bits]}" for bits in sorted(counts, key=int, reverse=True))
+
+    for row in results:
+        numbers = (row["registers"], row["shared"], row["spills"], widths(row["loads"]), widths(row["stores"]))
+        table.add_row(row["kernel"], row["variant"], row["target"], *map(str, numbers))
+    # A table in a file or a pipe is as wide as it needs to be.
+    Console(width=None if os.isatty(1) else 200).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="NVIDIA architectures (default: %(default)s)")
+    parser.add_argument("--no-amd", action="store_true", help=f"leave out {AMD}")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        results = inspect(options.arch, amd=not options.no_amd)
+    except RuntimeError as error:
+        parser.exit(1, f"{error}\n")
+    if options.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print_table(results)
+
+
+if __name__ == "__main__":
+    main()

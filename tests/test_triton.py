@@ -1,0 +1,545 @@
+"""What only the Triton backend promises: one launch, no recompilation, the same bits whichever program comes last, rows
+split over programs, vector loads at any alignment, machine code without spills. That it computes the right thing is
+tested with the other backends."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+from harness import assert_as_accurate, ours, plain, problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kto_kernels import kto_loss, token_logps
+from kto_kernels.backends import triton as launchers
+from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).parents[1]
+BACKEND = launchers.TritonBackend()
+
+interpreted = pytest.mark.skipif(not launchers.INTERPRETED, reason="looks into Triton's interpreter")
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")(test))
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """The (kernel, programs, arguments) of every launch, which happens all the same."""
+    launches, launch = [], launchers._launch
+
+    def record(kernel, device, programs, arguments):
+        launches.append((kernel, programs, arguments))
+        launch(kernel, device, programs, arguments)
+
+    with mock.patch.object(launchers, "_launch", record):
+        yield launches
+
+
+@contextlib.contextmanager
+def program_ids(choose):
+    """In the interpreter, program x of a launch takes the place of program `choose(x)`."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    def set_grid_idx(x, y, z):
+        interpreter_builder.grid_idx = (choose(x), y, z)
+
+    with mock.patch.object(interpreter_builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
+@pytest.fixture
+def split_rows(monkeypatch):
+    """As on a chip with so many processors that every row is split over all of its tiles."""
+    monkeypatch.setattr(launchers, "_processors", lambda device: 64)
+
+
+def in_fresh_process(code: str) -> str:
+    """Runs `code` where Triton compiles: this process may have its interpreter on, which cannot be turned off."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loss_and_gradient(given, dtype=torch.float32, **extra):
+    """Every output and the gradient, by name."""
+    out, grad = ours(given.to(dtype, DEVICE), "triton", **extra)
+    return {name: getattr(out, name) for name in ("loss", "logps", "ref_logps", "rewards", "kl")} | {"gradient": grad}
+
+
+def assert_same_bits(results, others):
+    for name, value in results.items():
+        assert torch.equal(value, others[name]), name
+
+
+# One launch ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SOURCES = [
+    (ref, kl, ref_kl)
+    for ref, kl, ref_kl in itertools.product(
+        (None, "logps", "logits"), (None, "number", "tensor", "logps", "logits"), (None, "logps", "logits")
+    )
+    if (ref_kl is not None) == (ref is not None and kl in ("logps", "logits"))
+]
+
+
+@pytest.mark.parametrize(("ref", "kl", "ref_kl"), SOURCES, ids=lambda source: str(source))
+def test_forward_and_backward_are_one_launch_each(ref, kl, ref_kl, poisoned_memory):
+    options = {"loss_type": "apo_zero_unpaired"} if kl is None else {}
+    given = problem(2, 2, 5, kl_batch=2, kl_tokens=1, ref=ref, kl=kl, ref_kl=ref_kl, **options)
+    with recorded_launches() as launches:
+        loss_and_gradient(given)
+    kernels = launchers.kernels
+    assert [kernel for kernel, *_ in launches] == [kernels.forward_kernel, kernels.logits_backward_kernel]
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_launchers_run_no_other_kernel(packed):
+    """No copy, no fill, no cast around the launch: nothing but allocations."""
+    lead, vocab = ((6,) if packed else (3, 2)), 9
+    logits = torch.randn(*lead, vocab, device=DEVICE)
+    labels = torch.randint(vocab, lead, device=DEVICE)[..., :]
+    offsets = torch.tensor([0, 2, 4, 6], device=DEVICE) if packed else None
+    rows = Rows(logits, labels, offsets, True, -100)
+    desirable = torch.tensor([True, False, True], device=DEVICE)
+    side, options = Sequences(rows), LossOptions(0.1, 1.0, 1.0, True, "mean")
+    once = torch.ones((), device=DEVICE).expand(3)  # the gradient of a sum: strides of 0
+
+    def run():
+        result = BACKEND.kto_forward(rows, Scale(), desirable, side, 0.0, side, side, options)
+        out = torch.empty_like(logits)
+        saved = (result.coefficients, result.token_logps, result.statistics)
+        BACKEND.logits_backward(rows, Scale(), once, *saved, out)
+        BACKEND.token_logps(rows, Scale())
+
+    run()  # the counters are allocated once
+    with _Operators() as operators:
+        run()
+    # The interpreter finds its way from tensors to memory by set_, and copies storages onto themselves.
+    interpreter = {"set_", "copy_", "new_empty", "_to_copy"} if launchers.INTERPRETED else set()
+    views = {"unsqueeze", "view", "slice", "detach"}
+    assert operators.names <= {"empty", "empty_like"} | views | interpreter
+
+
+# No recompilation ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Calls that differ in every run-time value: sizes of 1, of 16 and of neither, unaligned pointers, strides past 2^31.
+_KEYS = """
+import sys
+from unittest import mock
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from kto_kernels.backends import triton as launchers
+from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+
+launchers._processors = lambda device: 132
+backend = make_backend(GPUTarget("cuda", 90, 32))
+keys = {}
+
+def record(kernel, device, programs, arguments):
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants = {k: v for k, v in arguments.items() if kernel.params[kernel.arg_names.index(k)].is_constexpr}
+    keys.setdefault(kernel.__name__, set()).add((str(binder(**arguments)[1]), str(constants)))
+
+launchers._launch = record
+triton = launchers.TritonBackend()
+for step, (b, t, k, u) in enumerate([(1, 1, 1, 1), (2, 3, 5, 7), (16, 16, 16, 16), (4, 4096, 3, 64), (3, 5, 1, 1)]):
+    vocab = (16, 17, 1, 32, 50000)[step]
+    def rows(b, t):
+        pitch = vocab + step
+        logits = torch.empty(b * t * pitch + 3)[step % 3 :].as_strided((b, t, vocab), (t * pitch, pitch, 1))
+        if step == 4:
+            logits = logits.as_strided((1, t, vocab), (2**33, pitch, 1)).expand(b, t, vocab)
+        labels = torch.zeros(b, t + step, dtype=torch.int64)[:, step:]
+        return Rows(logits, labels, None, True, -100 + step)
+    policy, kl = rows(b, t), rows(k, u)
+    desirable = torch.ones(b, 1 + step, dtype=torch.bool)[:, step]
+    scale = Scale(1.0 + step, None, (1.0, 0.5, 2.0, 16.0, 1e-30)[step])
+    options = LossOptions((0.1, 1.0, 16.0, 1e-50, 3.0)[step], 1.0 + step, 16.0 * step, False, "mean")
+    triton.token_logps(policy, scale)
+    out = triton.kto_forward(policy, scale, desirable, Sequences(policy), 0.0, Sequences(kl), Sequences(kl), options)
+    grad = torch.ones(()).expand(b)
+    triton.logits_backward(policy, scale, grad, out.coefficients, out.token_logps, out.statistics, policy.logits)
+print({name: len(found) for name, found in keys.items()})
+"""
+
+
+def test_one_compilation_serves_every_batch():
+    """By Triton's own cache keys: the types and specialisations of the arguments, and the constants."""
+    counts = in_fresh_process(_KEYS)
+    assert counts.strip() == "{'token_logps_kernel': 1, 'forward_kernel': 1, 'logits_backward_kernel': 1}"
+
+
+def test_block_sizes_depend_on_dtype_alone():
+    calls = []
+    for batch, tokens, vocab in ((1, 1, 3), (2, 4, 300)):
+        with recorded_launches() as launches:
+            loss_and_gradient(problem(batch, tokens, vocab, kl_batch=1, kl_tokens=1), torch.bfloat16)
+        calls.append([{name: value for name, value in a.items() if name.isupper()} for _, _, a in launches])
+    assert calls[0] == calls[1]
+
+
+# The last program, whichever it is ────────────────────────────────────────────────────────────────────────────────────
+
+
+@interpreted
+@pytest.mark.parametrize("average", [False, True])
+def test_the_order_of_programs_changes_no_bit(split_rows, average, poisoned_memory):
+    given = problem(2, 3, 9000, kl_batch=2, kl_tokens=2, packed=True, average_log_prob=average)
+    with recorded_launches() as launches:
+        expected = loss_and_gradient(given)
+    assert launches[0][2]["splits"] > 1
+    launch = launchers._launch
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+
+        def launch_shuffled(kernel, device, programs, arguments, generator=generator):
+            order = torch.randperm(programs, generator=generator).tolist()
+            with program_ids(order.__getitem__):
+                launch(kernel, device, programs, arguments)
+
+        with mock.patch.object(launchers, "_launch", launch_shuffled):
+            assert_same_bits(expected, loss_and_gradient(given))
+
+
+def test_counters_are_left_as_zeros(split_rows):
+    with recorded_launches() as launches:
+        loss_and_gradient(problem(2, 2, 9000, kl_batch=1, kl_tokens=2))
+    arrivals = launches[0][2]["arrivals"]
+    assert arrivals.count_nonzero() == 0
+
+
+# Rows split over programs ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab", [2048, 9001, 70000])
+def test_split_rows_equal_whole_ones(vocab, dtype, monkeypatch, poisoned_memory):
+    """Split rows sum in another order, and nothing else: as close to the oracle, and the same bits every time."""
+    given = problem(1, 3, vocab, kl_batch=1, kl_tokens=2)
+    whole = loss_and_gradient(given, dtype)
+    monkeypatch.setattr(launchers, "_processors", lambda device: 64)
+    with recorded_launches() as launches:
+        split = loss_and_gradient(given, dtype)
+    tiles = -(-vocab // (512 * (16 // dtype.itemsize)))
+    assert [arguments["splits"] for _, _, arguments in launches] == [min(tiles, 32)] * 2
+    assert_same_bits(split, loss_and_gradient(given, dtype))
+    typed = given.to(dtype, DEVICE)
+    exact, exact_grad = plain(typed.to(torch.float64, DEVICE))
+    rounded, rounded_grad = plain(typed)
+    assert_as_accurate("logps", split["logps"], rounded["logps"], exact["logps"], 1e-7)
+    assert_as_accurate("gradient", split["gradient"], rounded_grad, exact_grad, torch.finfo(dtype).eps)
+    torch.testing.assert_close(split["logps"], whole["logps"], rtol=1e-6, atol=0)
+    assert ((split["gradient"] != 0) == (whole["gradient"] != 0)).all()
+
+
+def test_split_token_logps_with_an_edge(split_rows, poisoned_memory):
+    """The elements in front of the first aligned address and behind the last whole vector belong to one share; labels
+    there, at the borders of tiles and shares, and in their middle."""
+    vocab = 3 * 2048 + 2051
+    logits = torch.randn(1, 9, vocab + 3, device=DEVICE)[..., 1 : vocab + 1]
+    at = [0, 1, 2, 3, 2046, 2047, 4100, vocab - 2, vocab - 1]
+    labels = torch.tensor([at], device=DEVICE)
+    logits[0, ::2] = logits[0, ::2].scatter(-1, labels[0, ::2, None], 30.0)  # near-certain: the log1p branch
+    found = token_logps(logits, labels, backend="triton")
+    exact = logits.double().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-14)  # where fp64's y − lse is as coarse
+
+
+# The sums over tokens and sequences ───────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _sum_kernel(values, sums, divisors, cu_seqlens, n_rows, n_sequences, tokens):
+    launchers.kernels._sum_sequences(
+        values, sums, divisors, n_rows >= 0, cu_seqlens, n_rows, n_sequences, tokens
+    )
+# Alignment ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [7, 1027, 4113])
+def test_rows_at_any_alignment(vocab, dtype, poisoned_memory):
+    """Every distance of a row from an aligned address, batch and tokens permuted, labels strided and unaligned."""
+    storage = torch.randn(2 * 9 * (vocab + 1) + 3, device=DEVICE).to(dtype)
+    logits = storage[3:].view(2, 9, vocab + 1)[:, :, :vocab].transpose(0, 1)[1:]  # (8, 2, vocab)
+    labels = torch.randint(vocab, (8, 5), dtype=torch.int32, device=DEVICE)[:, 1:5:2]
+    found = token_logps(logits, labels, backend="triton")
+    exact = logits.double().log_softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lead", [0, 1, 2, 3, 5, 8])
+def test_gradient_where_loads_and_stores_are_aligned_differently(lead, dtype, poisoned_memory):
+    vocab, labels = 4113, torch.tensor([[0, 4112, -100]], device=DEVICE)
+    storage = torch.randn(3 * 4120 + lead, device=DEVICE).to(dtype)
+    logits = storage[lead:].as_strided((1, 3, vocab), (3 * 4120, 4120, 1), lead)
+    rows = Rows(logits, labels, None, False, -100)
+    logps, statistics = BACKEND.token_logps(rows, Scale())
+    upstream = torch.tensor([[0.5, -2.0, 1.0]], device=DEVICE)
+
+    def gradient(out):
+        BACKEND.logits_backward(rows, Scale(), upstream, None, logps, statistics, out)
+        return out.clone()
+
+    fresh = gradient(torch.empty((1, 3, vocab), dtype=dtype, device=DEVICE))
+    beside = gradient(torch.empty(3 * 4121, dtype=dtype, device=DEVICE).as_strided((1, 3, vocab), (0, 4121, 1)))
+    x = logits.double().requires_grad_()
+    chosen = x.log_softmax(-1)[0, [0, 1], [0, 4112]]
+    (exact,) = torch.autograd.grad((chosen * upstream[0, :2]).sum(), x)
+    torch.testing.assert_close(fresh.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+    in_place = gradient(logits)
+    assert torch.equal(fresh, beside)
+    assert torch.equal(fresh, in_place)
+
+
+# Sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@interpreted
+def test_more_rows_than_a_grid_has_on_its_other_axes(poisoned_memory):
+    """70,000 programs on axis 0; the interpreter runs the last three of them."""
+    count = 70_000
+    logits = torch.randn(count, 1, 3)
+    rows = Rows(logits, torch.randint(3, (count, 1)), None, False, -100)
+    logps = torch.full((count, 1), torch.nan)
+    launch, grids = launchers._launch, []
+
+    def last_programs(kernel, device, programs, arguments):
+        grids.append(programs)
+        launch(kernel, device, 3, arguments)
+
+    with mock.patch.object(launchers, "_launch", last_programs), program_ids(lambda x: count - 3 + x):
+        logps, statistics = BACKEND.token_logps(rows, Scale())
+        out = torch.empty_like(logits)
+        BACKEND.logits_backward(rows, Scale(), torch.ones(count, 1), None, logps, statistics, out)
+    assert grids == [count, count]
+    exact = logits.log_softmax(-1)
+    torch.testing.assert_close(logps[-3:], exact.gather(-1, rows.labels.unsqueeze(-1)).squeeze(-1)[-3:])
+    expected = torch.nn.functional.one_hot(rows.labels, 3) - exact.exp()
+    torch.testing.assert_close(out[-3:], expected[-3:], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "dtype", "splits"),
+    [
+        (8, 128256, torch.bfloat16, 32),
+        (64, 128256, torch.bfloat16, 32),
+        (64, 128256, torch.float32, 32),
+        (1000, 128256, torch.bfloat16, 2),
+        (8192, 128256, torch.bfloat16, 1),
+        (8, 4096, torch.bfloat16, 1),
+        (8, 4097, torch.bfloat16, 2),
+        (0, 5, torch.float32, 1),
+    ],
+)
+def test_rows_are_split_where_they_are_few(rows, vocab, dtype, splits):
+    assert launchers.row_splits(rows, vocab, dtype, 132) == splits
+
+
+def test_split_rows_have_a_counter_each():
+    for rows in range(1, 5000):
+        if launchers.row_splits(rows, 10**6, torch.float32, 132) > 1:
+            assert 1 + rows <= 1 + launchers.PROGRAMS_PER_PROCESSOR * 132 // 2
+
+
+# Where it runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_reasons_for_being_unavailable():
+    code = "import kto_kernels; print(kto_kernels.available_backends('cpu')['triton'])"
+    assert "TRITON_INTERPRET=1" in in_fresh_process(code)
+    reason = in_fresh_process(f"import sys; sys.modules['triton'] = None; {code}")
+    assert "Triton is not there" in reason
+    assert "pip install triton" in reason
+
+
+# The machine code ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    return json.loads(in_fresh_process("from benchmarks.inspect import main; main(['--json'])"))
+
+
+def test_no_kernel_spills(machine_code):
+    targets = {row["target"] for row in machine_code}
+    assert targets == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    spilling = [row for row in machine_code if row["spills"] > 0]
+    assert spilling == []
+
+
+def test_logits_are_read_and_written_in_vectors(machine_code):
+    """Aligned or not: all loads of logits are 128 bits wide but the edge's and the label's. The backward has a second
+    path for a gradient that is aligned otherwise than the logits, with stores as wide."""
+    unroll = launchers.UNROLL
+    for row in machine_code:
+        loads, stores = row["loads"], row["stores"]
+        if row["kernel"] == "logits_backward":
+            assert loads["128"] == unroll + 1, row
+            assert stores["128"] >= unroll + 2, row
+        else:
+            assert loads["128"] >= unroll + 1, row
+            if "float16" in row["variant"]:
+                assert loads["16"] == 2, row
+
+
+@pytest.mark.skipif(not launchers.INTERPRETED, reason="the interpreter is off")
+def test_inspection_says_that_the_interpreter_is_on():
+    from benchmarks import inspect
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        inspect.inspect()
+
+
+# On a GPU ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gpu_problem(batch=8, tokens=16, vocab=32003, **options):
+    torch.manual_seed(0)
+    return problem(batch, tokens, vocab, kl_batch=batch, kl_tokens=tokens, **options)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [16, 300])  # rows split, and whole
+def test_a_thousand_runs_give_the_same_bits(tokens):
+    given = gpu_problem(tokens=tokens, vocab=5003).to(torch.bfloat16, DEVICE)
+    first = loss_and_gradient(given, torch.bfloat16)
+    for _ in range(999):
+        assert_same_bits(first, loss_and_gradient(given, torch.bfloat16))
+
+
+@on_gpu
+def test_streams_side_by_side():
+    """Calls on several streams at once share no counter."""
+    given = gpu_problem().to(torch.bfloat16, DEVICE)
+    expected = loss_and_gradient(given, torch.bfloat16)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()], []
+    for _ in range(30):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(loss_and_gradient(given, torch.bfloat16))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same_bits(expected, result)
+
+
+@on_gpu
+def test_never_waits_for_the_device():
+    given = gpu_problem(packed=True, average_log_prob=True).to(torch.bfloat16, DEVICE)
+    expected = loss_and_gradient(given, torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = loss_and_gradient(given, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(expected, found)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_captured_in_a_graph(tokens):
+    given = gpu_problem(tokens=tokens).to(torch.bfloat16, DEVICE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        loss_and_gradient(given, torch.bfloat16)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradient(given, torch.bfloat16)
+    for _ in range(3):
+        given.logits.copy_(torch.randn_like(given.logits))
+        graph.replay()
+        assert_same_bits(loss_and_gradient(given, torch.bfloat16), captured)
+
+
+@on_gpu
+def test_kernels_on_the_device():
+    """The profiler's count: one kernel forward, one backward, nothing else."""
+    given = gpu_problem().to(torch.bfloat16, DEVICE)
+    tensors, options = given.tensors, given.options
+    logits = given.logits.requires_grad_()
+    upstream = torch.ones((), device=DEVICE)
+
+    def step():
+        loss = kto_loss(logits, given.labels, given.desirable, **tensors, **options, backend="triton").loss
+        torch.autograd.grad(loss, logits, upstream)
+
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(kernels) == ["forward_kernel", "logits_backward_kernel"]
+
+
+@on_gpu
+def test_compilations_on_the_device():
+    def compiled():
+        kernels = (launchers.kernels.forward_kernel, launchers.kernels.logits_backward_kernel)
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    loss_and_gradient(problem(2, 3, 100), torch.bfloat16)
+    before = compiled()
+    for batch, tokens, vocab, beta in ((1, 1, 16, 0.1), (16, 16, 4096, 1.0), (5, 7, 4097, 0.3), (64, 64, 999, 0.05)):
+        given = problem(batch, tokens, vocab, kl_batch=tokens, kl_tokens=batch, beta=beta, temperature=beta)
+        loss_and_gradient(given, torch.bfloat16)
+    assert compiled() == before
+
+
+@on_gpu
+@pytest.mark.large
+@pytest.mark.parametrize("inplace", [False, True])
+def test_more_logits_than_32_bits_count(inplace):
+    """N·V > 2³¹ and N > 65,535: rows at both ends against the oracle."""
+    batch, tokens, vocab = 66_000, 1, 32_768
+    logits = torch.randn(batch, tokens, vocab, dtype=torch.bfloat16, device=DEVICE)
+    labels = torch.randint(vocab, (batch, tokens), device=DEVICE)
+    desirable = torch.arange(batch, device=DEVICE) % 2 == 0
+    ends = torch.cat([torch.arange(4), torch.arange(batch - 4, batch)]).to(DEVICE)
+    exact = logits[ends].double().log_softmax(-1)
+    chosen = torch.nn.functional.one_hot(labels[ends], vocab)
+    x = logits.requires_grad_()
+    y = x.view_as(x)
+    if inplace:
+        y = torch.empty_like(x).copy_(x)
+    out = kto_loss(
+        y, labels, desirable, kl=0.0, beta=1.0, reduction="sum", inplace_backward=inplace, backend="triton"
+    )
+    (grad,) = torch.autograd.grad(out.loss, y)
+    logps = (exact * chosen).sum((-1, -2))
+    torch.testing.assert_close(out.logps[ends], logps, rtol=1e-6, atol=1e-6)
+    sign = torch.where(desirable[ends], -1.0, 1.0)
+    slope = (sign * logps.sigmoid() * (-logps).sigmoid()).view(-1, 1, 1)
+    torch.testing.assert_close(grad[ends].double(), slope * (chosen - exact.exp()), rtol=1e-2, atol=1e-9)
