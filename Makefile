@@ -6,10 +6,14 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 # The extension is rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test demo bench report lint quick-test clean
+.PHONY: test test-gpu demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
+
+test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
 
 demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 	$(BIN)/python examples/demo.py

@@ -73,7 +73,9 @@ def gate(batch: Batch, mine: dict[str, LossOf]) -> dict:
     """
     sequences = list(zip(batch.logits.unbind(), batch.labels.unbind()))
     slices = [slice(begin, begin + 64) for begin in range(0, batch.labels.shape[1], 64)]
-    r = torch.stack([sum(reference.token_logps(x[rows].double(), y[rows]).sum() for rows in slices) for x, y in sequences])
+    r = torch.stack(
+        [sum(reference.token_logps(x[rows].double(), y[rows]).sum() for rows in slices) for x, y in sequences]
+    )
     z0 = torch.tensor(KL, dtype=torch.float64, device=r.device)
     arguments = (r - batch.ref_logps, z0, batch.desirable, BETA, (1.0, 1.0))
     true_loss = reference.loss(*arguments).mean()

@@ -72,7 +72,9 @@ def notes(result: dict) -> list[str]:
                     f"{case['dtype']}, N = {case['N']}, {name}: gradient {mine['gradient']:.2e} "
                     f"(naive {plain['gradient']:.2e}), loss {mine['loss']:.1e} (naive {plain['loss']:.1e})"
                 )
-    lines = ["Error against fp64, root mean square of the gradient and absolute of the loss: " + "; ".join(errors) + "."]
+    lines = [
+        "Error against fp64, root mean square of the gradient and absolute of the loss: " + "; ".join(errors) + "."
+    ]
     if "in-place bytes per token" in result:
         per_token = result["in-place bytes per token"]
         lines.append(

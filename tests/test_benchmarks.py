@@ -37,11 +37,13 @@ def test_a_failed_gate_times_nothing(monkeypatch):
         logits.run("fp32", 16, 128, 2, lambda: None)
 
 
+@pytest.mark.alone
 def test_peak_memory_is_seen():
     assert measure.peak_extra_bytes(lambda: torch.ones(64 * 2**18)) >= 64 * 2**20
     assert measure.peak_extra_bytes(lambda: None) < 2**20
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_guard_against_regressions(dtype):
     """Ratios inside one run, far below the published ones: noise does not trip it, a lost vector loop does."""

@@ -115,6 +115,7 @@ def test_callers_on_many_python_threads():
     assert not failures
 
 
+@pytest.mark.alone
 def test_the_gil_is_released():
     """Another Python thread goes on counting while the kernels work on one long call."""
     logits = torch.zeros(2048, 50_000, dtype=torch.bfloat16)
@@ -142,7 +143,7 @@ def test_the_gil_is_released():
     assert longest[0] < 0.8 * call
 
 
-@pytest.mark.large
+@pytest.mark.alone
 def test_more_than_2_to_the_31_logits():
     """bf16, in place, within memory: offsets past 2^31 reach the right rows, and nothing of the size is allocated."""
     vocab, rows = 49_157, 43_700

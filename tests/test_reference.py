@@ -1,5 +1,6 @@
 """The definition itself: against the textbook formulas, finite differences and its own derivatives."""
 
+import mpmath
 import pytest
 import torch
 from harness import plain, problem
@@ -87,7 +88,6 @@ def test_textbook_formulas():
 @pytest.mark.parametrize("x", [0.0, 1e-6, 17.0, 40.0, 200.0, 700.0])
 def test_loss_and_slope_hold_in_both_tails(x):
     """`1 − σ(x)` is 0 from x ≈ 37 in fp64; λ·σ(−x) and its slope keep their digits down to the smallest number."""
-    mpmath = pytest.importorskip("mpmath")
     for sign in (1, -1):
         for good in (True, False):
             r = torch.tensor([sign * x], dtype=torch.float64, requires_grad=True)
