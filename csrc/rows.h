@@ -64,15 +64,20 @@ KTO_HD int64_t logits_offset(const Rows& rows, int64_t n) {
   return n / rows.tokens * rows.logits_stride_b + n % rows.tokens * rows.logits_stride_t;
 }
 
-// The label that scores row n, or -1 where nothing does.
-KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
-  if (rows.shift && n + 1 >= sequence_range(rows, sequence_of(rows, n)).end) return -1;
+// The label that scores row n of a sequence that ends before row `end`, or -1 where nothing does.
+KTO_HD int64_t label_within(const Rows& rows, int64_t n, int64_t end) {
+  if (rows.shift && n + 1 >= end) return -1;
   const int64_t at = n + (rows.shift ? 1 : 0);
   const int64_t offset = rows.tokens == 0 ? at * rows.labels_stride_t
                                           : at / rows.tokens * rows.labels_stride_b +
                                                 at % rows.tokens * rows.labels_stride_t;
   const int64_t label = index_at(rows.labels, offset);
   return (label == rows.ignore_index || label < 0 || label >= rows.vocab) ? -1 : label;
+}
+
+// The label that scores row n, or -1 where nothing does.
+KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
+  return label_within(rows, n, rows.shift ? sequence_range(rows, sequence_of(rows, n)).end : 0);
 }
 
 // z = softcap(x * logit_scale) / temperature as z = outer * u, with u = x or, under a softcap,

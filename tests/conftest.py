@@ -1,4 +1,5 @@
-"""Sets the stage before the package is imported: Triton's interpreter where there is no GPU."""
+"""Sets the stage before the package is imported: where there is no GPU, Triton's interpreter and the CUDA kernels' host
+emulation."""
 
 import os
 
@@ -7,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("KTO_KERNELS_CUDA_EMULATE", "1")
 
 # Beside other test processes one thread each; the tests of threading ask for theirs.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

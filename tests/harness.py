@@ -20,11 +20,12 @@ from kto_kernels.backends import BACKENDS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]
 
-# (backend, device): on the CPU Triton runs in its interpreter; with a GPU, there.
+# (backend, device): on the CPU Triton runs in its interpreter and the CUDA kernels in their emulation (where it was
+# built); with a GPU, there.
 _PAIRS = [("torch", "cpu"), ("cpu", "cpu")]
 _GPU_PAIRS = [(name, "cuda") for name in BACKENDS if name != "cpu"] if torch.cuda.is_available() else []
-if "triton" in BACKENDS and not _GPU_PAIRS:
-    _PAIRS.append(("triton", "cpu"))
+if not _GPU_PAIRS:
+    _PAIRS += [(name, "cpu") for name in ("triton", "cuda") if BACKENDS[name].unavailable(torch.device("cpu")) is None]
 PLACES = [pytest.param(pair, id="-".join(pair)) for pair in _PAIRS] + [
     pytest.param(pair, id="-".join(pair), marks=pytest.mark.gpu) for pair in _GPU_PAIRS
 ]
@@ -197,9 +198,9 @@ def assert_as_accurate(
 
 
 def assert_same(place: tuple[str, str], mine: Tensor, expected: Tensor) -> None:
-    """Equal bits in another layout. Triton's tiles begin at aligned addresses, so that there another alignment groups
-    the sums otherwise: equal to some units in the last place."""
-    if place[0] == "triton":
+    """Equal bits in another layout. The GPU kernels' tiles begin at aligned addresses, so that there another alignment
+    groups the sums otherwise: equal to some units in the last place."""
+    if place[0] in ("triton", "cuda"):
         unit = 4 * torch.finfo(mine.dtype if mine.dtype.itemsize < 4 else torch.float32).eps
         torch.testing.assert_close(mine, expected, rtol=unit, atol=unit * 1e-3 * expected.abs().max().item())
     else:

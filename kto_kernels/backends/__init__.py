@@ -10,15 +10,18 @@ import torch
 
 from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .pytorch import TorchBackend
 from .triton import TritonBackend
 
 logger = logging.getLogger("kto_kernels")
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), CpuBackend(), TorchBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
+}
 
 # `auto`, by device type: the first that can run.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 NAMES = ("auto", *BACKENDS)
 
 

@@ -1,0 +1,52 @@
+// The kernels of kernels.cuh on the host, for tests without a GPU: block after block.
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <type_traits>
+
+#include "kernels.cuh"
+
+namespace kto {
+
+unsigned emulation_seed = 0;  // of the order of blocks and threads; 0: as they are numbered
+
+namespace {
+
+constexpr int kThreads = 64;  // more than one warp, few enough that small rows fill them
+
+std::vector<int> order(int64_t count) {
+  std::vector<int> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (emulation_seed != 0)
+    std::shuffle(numbers.begin(), numbers.end(), std::mt19937(emulation_seed));
+  return numbers;
+}
+
+template <class Body>
+void run(int64_t blocks, Body&& body) {
+  const std::vector<int> threads = order(kThreads);
+  for (int index : order(blocks)) {
+    Block<kThreads> block(unsigned(index), threads);
+    body(block);
+  }
+}
+
+}  // namespace
+
+void launch_forward(const ForwardArguments& arguments, Target) {
+  dispatch(arguments.sets[0].rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
+    run(std::max<int64_t>(1, arguments.n_rows) * arguments.splits, [&](Block<kThreads>& block) {
+      forward<decltype(codec), decltype(softcap)::value>(block, arguments);
+    });
+  });
+}
+
+void launch_backward(const BackwardArguments& arguments, Target) {
+  dispatch(arguments.rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
+    run(arguments.rows.n_rows * arguments.splits, [&](Block<kThreads>& block) {
+      backward<decltype(codec), decltype(softcap)::value>(block, arguments);
+    });
+  });
+}
+
+}  // namespace kto

@@ -1,0 +1,70 @@
+// The kernels of kernels.cuh on a GPU, and their launchers.
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "kernels.cuh"
+
+namespace kto {
+namespace {
+
+constexpr int kThreads = 128;
+// The registers that let 8 blocks (6 under a softcap, whose arithmetic needs more) live on a
+// multiprocessor.
+constexpr int blocks_wanted(bool softcap) { return softcap ? 6 : 8; }
+
+template <class T, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, blocks_wanted(kSoftcap))
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  __shared__ Block<kThreads>::Shared shared;
+  Block<kThreads> block(shared);
+  forward<T, kSoftcap>(block, arguments);
+}
+
+template <class T, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, blocks_wanted(kSoftcap))
+    backward_kernel(const __grid_constant__ BackwardArguments arguments) {
+  __shared__ Block<kThreads>::Shared shared;
+  Block<kThreads> block(shared);
+  backward<T, kSoftcap>(block, arguments);
+}
+
+void check(const char* kernel, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("kto_kernels: CUDA kernel ") + kernel + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <class Arguments>
+void launch(const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks,
+            Target target) {
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string("kto_kernels: CUDA kernel ") + name + ": " +
+                             std::to_string(blocks) + " rows are too many for one launch");
+  // The caller makes it current too, and restores what was: this runtime's own idea of it is apart.
+  check(name, cudaSetDevice(target.device));
+  void* parameters[] = {const_cast<Arguments*>(&arguments)};
+  const cudaError_t status =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),
+                       dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(target.stream));
+  check(name, status);
+}
+
+}  // namespace
+
+void launch_forward(const ForwardArguments& arguments, Target target) {
+  const int64_t rows = arguments.n_rows > 1 ? arguments.n_rows : 1;
+  dispatch(arguments.sets[0].rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
+    launch("forward", forward_kernel<decltype(codec), decltype(softcap)::value>, arguments,
+           rows * arguments.splits, target);
+  });
+}
+
+void launch_backward(const BackwardArguments& arguments, Target target) {
+  dispatch(arguments.rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
+    launch("backward", backward_kernel<decltype(codec), decltype(softcap)::value>, arguments,
+           arguments.rows.n_rows * arguments.splits, target);
+  });
+}
+
+}  // namespace kto

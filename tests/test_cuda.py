@@ -1,0 +1,372 @@
+"""The CUDA C++ kernels without a GPU: their bodies on the host's emulation of a block, over the same grid of cases; what
+the compiler makes of them; the extension on a machine without a driver. With a GPU, the grid there too."""
+
+import importlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_numerics
+import torch
+from harness import assert_as_accurate, check, dtypes, ours, problem
+from test_kto_loss import CASES
+
+from kto_kernels import kto_loss, reference, token_logps
+from kto_kernels.backends import cuda
+from kto_kernels.rows import Rows, Scale
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def emulation(monkeypatch):
+    """`backend="cuda"` on CPU tensors; the emulation."""
+    try:
+        module = importlib.import_module("kto_kernels._cuda_emulation")
+    except ImportError:
+        pytest.skip("kto_kernels._cuda_emulation is not built (KTO_KERNELS_CUDA_EMULATION=1)")
+    monkeypatch.setattr(cuda, "_emulation", module)
+    monkeypatch.setattr(cuda, "_emulation_error", None)
+    yield module
+    module.set_order(0)
+
+
+@pytest.fixture
+def splits(monkeypatch):
+    """Sets how many blocks share a row, however short it is: some may be left without a vector."""
+
+    def force(count):
+        monkeypatch.setattr(cuda, "row_splits", lambda *_: count)
+        monkeypatch.setattr(cuda, "_processors", lambda _: 64)  # counters enough
+
+    return force
+
+
+# The kernels' bodies ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# 7: more blocks than a row has vectors, or as many as it has steps.
+@pytest.mark.parametrize("count", [2, 7, 32])
+@pytest.mark.parametrize(
+    "case", ["all from logits", "packed, shift", "vocabulary past one block", "one-token vocabulary"]
+)
+@dtypes
+def test_rows_split_over_blocks(case, count, dtype, emulation, splits, poisoned_memory):
+    splits(count)
+    check(problem(**CASES[case]), ("cuda", "cpu"), dtype)
+
+
+def test_few_rows_are_split():
+    """Two blocks a row need a counter a row: `_arrivals` has them for every number of rows that is split."""
+    for rows in range(1, 1200):
+        for processors in (1, 80, 132):
+            count = cuda.row_splits(rows, 128_000, torch.bfloat16, processors)
+            assert 1 <= count <= cuda.MAX_SPLITS
+            assert count == 1 or rows <= cuda.BLOCKS_PER_PROCESSOR * processors // 2
+    assert cuda.row_splits(1, 128_000, torch.bfloat16, 132) == 32
+    assert cuda.row_splits(100_000, 128_000, torch.bfloat16, 132) == 1
+    assert cuda.row_splits(1, 100, torch.bfloat16, 132) == 1
+
+
+# Which block is last changes no bit; nor does the order of the threads between two barriers.
+@pytest.mark.parametrize("case", ["all from logits", "packed, shift, average, none", "vocabulary past one block"])
+def test_any_order_of_blocks_gives_the_same_bits(case, emulation, splits):
+    splits(3)
+    p = problem(**CASES[case]).to(torch.bfloat16)
+    results = []
+    for seed in range(5):
+        emulation.set_order(seed)
+        out, grad = ours(p, "cuda")
+        results.append([out.loss, out.logps, out.ref_logps, out.rewards, out.kl, grad])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0]))
+
+
+def test_counters_are_left_at_zero(emulation, splits):
+    splits(3)
+    for case in ("all from logits", "packed", "KL number"):
+        ours(problem(**CASES[case]).to(torch.float32), "cuda")
+    assert not cuda._arrivals(torch.device("cpu")).any()
+
+
+# Every alignment of a row to 16 bytes, the gradient aligned otherwise; 300: vectors in the middle, 5: none at all.
+@dtypes
+@pytest.mark.parametrize("vocab", [5, 300, 2111])
+def test_any_alignment(vocab, dtype, emulation):
+    labels = torch.tensor([0, vocab - 1, vocab // 2, 3, -100])
+    for offset in range(16 // dtype.itemsize):
+        wide = torch.full((5 * (vocab + 1) + offset,), 99.0).to(dtype)
+        logits = wide[offset:].view(5, vocab + 1)[:, :vocab]
+        logits.copy_(3 * torch.randn(5, vocab))
+        before = wide.clone()
+        x = logits.clone().requires_grad_()
+        y = logits.requires_grad_()
+        mine = token_logps(y, labels, backend="cuda")
+        (grad,) = torch.autograd.grad(mine.sum(), y)
+        truth = reference.token_logps(x.double(), labels)
+        (true_grad,) = torch.autograd.grad(truth.sum(), x)
+        torch.testing.assert_close(mine.double(), truth, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(grad, true_grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert torch.equal(wide, before)
+        base = wide.requires_grad_() * 1
+        view = base[offset:].view(5, vocab + 1)[:, :vocab]
+        (inplace,) = torch.autograd.grad(token_logps(view, labels, backend="cuda", inplace_backward=True).sum(), view)
+        torch.testing.assert_close(inplace, grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert not grad[4].any() and not inplace[4].any()
+        assert (base.detach()[offset:].view(5, vocab + 1)[:, vocab] == 99).all()
+
+
+# z = softcap(x · logit_scale) / temperature.
+@dtypes
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_scales(softcap, count, dtype, emulation, splits):
+    splits(count)
+    scale = Scale(logit_scale=0.7, softcap=softcap, temperature=1.3)
+    x = (6 * torch.randn(5, 1003)).to(dtype)
+    labels = torch.tensor([0, 1002, 500, -100, 7])
+    rows = Rows(x, labels, None, False, -100)
+    backend = cuda.CudaBackend()
+    logps, statistics = backend.token_logps(rows, scale)
+    weights = torch.rand(5)
+    grad = torch.full_like(x, math.nan)
+    backend.logits_backward(rows, scale, weights, None, logps, statistics, grad)
+
+    def plain(dtype):
+        z = x.to(dtype, copy=True).requires_grad_()
+        exact = reference.token_logps(z, labels, -100, scale.logit_scale, scale.softcap, scale.temperature)
+        return exact.detach(), torch.autograd.grad((exact * weights).sum(), z)[0]
+
+    (exact, exact_grad), (rounded, rounded_grad) = plain(torch.float64), plain(dtype)
+    # One ulp more than PyTorch: the arithmetic is fp32 whatever the logits' type.
+    assert_as_accurate("logps", logps, rounded, exact, 4 * torch.finfo(torch.float32).eps)
+    assert_as_accurate("gradient", grad, rounded_grad, exact_grad, torch.finfo(dtype).eps)
+    backend.logits_backward(rows, scale, weights, None, logps, statistics, x)
+    assert torch.equal(x, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_given_log_probs_of_any_type_and_stride(dtype, emulation):
+    p = problem(ref="logps", kl="logps", ref_kl="logps")
+    given = {name: t.to(dtype) for name, t in p.tensors.items()}
+    strided = {name: t.repeat_interleave(2)[::2] for name, t in given.items()}
+    wide = {name: t.double() for name, t in given.items()}
+    flags = p.desirable.repeat_interleave(3)[::3]
+    results = [
+        kto_loss(p.logits, p.labels, flags, **tensors, backend="cuda").loss for tensors in (given, strided, wide)
+    ]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@dtypes
+def test_infinities_and_nans_in_split_rows(dtype, emulation, splits):
+    splits(3)
+    test_numerics.test_minus_infinity_is_an_ordinary_logit(dtype, ("cuda", "cpu"))
+    for poison in (math.nan, math.inf):
+        test_numerics.test_nan_and_inf_stay_in_their_sequence(poison, ("cuda", "cpu"))
+
+
+# What the compiler makes of them ──────────────────────────────────────────────────────────────────────────────────────
+
+nvcc = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
+needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not there: nothing compiled")
+ARCHITECTURES = [80, 90, 100]
+# 3 types, with and without a softcap, forward and backward.
+KERNELS = 12
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Architecture → (cubin, what ptxas says)."""
+    folder = tmp_path_factory.mktemp("cubins")
+    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
+    result = {}
+    for arch in ARCHITECTURES:
+        cubin = folder / f"sm_{arch}.cubin"
+        command = [nvcc, *flags, f"-arch=sm_{arch}", str(ROOT / "csrc/cuda/kernels.cu"), "-o", str(cubin)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        result[arch] = cubin, run.stdout + run.stderr
+    return result
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_kernel_spills_or_uses_local_memory(arch, compiled):
+    _, report = compiled[arch]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) == report.count("Compiling entry function") == KERNELS
+    assert set(frames) == {("0", "0", "0")}, report
+    assert "lmem" not in report and "cumulative stack" not in report
+    # 8 blocks of 128 threads on a multiprocessor's 65536 registers, 6 under a softcap.
+    registers = re.findall(r"entry function '\S*?ELb([01])E(?:.|\n)*?Used (\d+) registers", report)
+    assert len(registers) == KERNELS
+    assert all(int(count) <= (80 if softcap == "1" else 64) for softcap, count in registers)
+
+
+def _disassembler():
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bf16_kernels_move_vectors_of_16_bytes(arch, compiled):
+    disassembler = _disassembler()
+    if disassembler is None:
+        pytest.skip("cuobjdump is not there: machine code not read")
+    cubin, _ = compiled[arch]
+    sass = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\S+)\n((?:(?!Function :)(?:.|\n))*)", sass))
+    bf16 = {name: body for name, body in functions.items() if "5DTypeE2E" in name}
+    assert len(bf16) == 4
+    for name, body in bf16.items():
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]+);", body)
+        lines = [i for i, instruction in enumerate(instructions) if re.search(r"LDG\.E\.\S*128", instruction)]
+        assert len(lines) >= cuda.UNROLL + 1, name  # the unrolled step's, and the single one
+        # In flight together: the step's loads stand near each other, not each before its own arithmetic.
+        closest = min(b - a for a, b in zip(lines, lines[cuda.UNROLL - 1 :]))
+        assert closest <= 120, (name, closest)
+        if "backward" in name:
+            assert re.search(r"STG\.E\.\S*128", body), name
+        assert not re.search(r"\b(LDL|STL)\b", body), name
+
+
+# The extension ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_reasons(monkeypatch):
+    backend = cuda.CudaBackend()
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(cuda, "_emulation", None)
+    monkeypatch.setattr(cuda, "_emulation_error", None)
+    if cuda._cuda is not None:
+        if torch.cuda.is_available():
+            assert "not on cpu" in backend.unavailable(cpu)
+            assert backend.unavailable(torch.device("cuda")) is None
+        else:
+            assert backend.unavailable(cpu) == backend.unavailable(torch.device("cuda")) == "built, no device"
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_import_error", "No module named 'kto_kernels._cuda'")
+    assert backend.unavailable(cpu).startswith("not built (No module named")
+
+
+def test_imports_without_a_driver_and_links_no_cuda_library():
+    if cuda._cuda is None:
+        assert cuda._import_error  # with the reason
+        pytest.skip(f"kto_kernels._cuda is not built: {cuda._import_error}")
+    # From its file alone, without the package and so without torch.
+    code = """
+import sys
+from importlib import machinery, util
+spec = util.spec_from_file_location("_cuda", sys.argv[1], loader=machinery.ExtensionFileLoader("_cuda", sys.argv[1]))
+module = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(hasattr(module, "forward"), "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, cuda._cuda.__file__]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout == "True False\n", run.stderr
+    if sys.platform == "linux" and shutil.which("ldd"):
+        linked = subprocess.run(["ldd", cuda._cuda.__file__], capture_output=True, text=True).stdout
+        assert not re.search(r"libcuda|libcudart|libtorch|libc10", linked), linked
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="kto_kernels._cuda is not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_launch_that_fails_names_its_kernel():
+    """No driver, so that the first call of the runtime fails."""
+    native = cuda._cuda
+    rows = native.Rows(
+        logits=0, dtype=0, n_rows=1, n_sequences=1, tokens=1, vocab=1, logits_stride_b=1, logits_stride_t=1, labels=0,
+        labels_int64=True, labels_stride_b=1, labels_stride_t=1, cu_seqlens=0, cu_seqlens_int64=False,
+        ignore_index=-100, shift=False,
+    )  # fmt: skip
+    scale = native.Scale(logit_scale=1.0, softcap=None, temperature=1.0)
+    with pytest.raises(RuntimeError, match=r"CUDA kernel forward: \w+"):
+        native.forward(
+            sets=[native.RowSet(rows=rows, logps=0)], scale=scale, splits=1, shares=0, arrivals=0, stages=None,
+            device=0, stream=0,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"CUDA kernel backward: \w+"):
+        native.backward(
+            rows=rows, scale=scale, grad=0, grad_stride=0, coefficients=0, logps=0, maximum=0, sum=0, out=0,
+            out_stride_b=0, out_stride_t=0, splits=1, device=0, stream=0,
+        )  # fmt: skip
+
+
+def test_asking_for_cuda_without_nvcc_is_an_error(monkeypatch):
+    """`setup.py`'s own decision, with an nvcc that is not there."""
+    source = (ROOT / "setup.py").read_text().split("\ncpu_sources")[0]
+    scope = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(source, "setup.py", "exec"), scope)
+    monkeypatch.setitem(scope, "find_nvcc", lambda: None)
+    monkeypatch.setenv("KTO_KERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"KTO_KERNELS_CUDA=1, but no nvcc"):
+        scope["wants_cuda"]()
+    monkeypatch.setenv("KTO_KERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="expected 0 or 1"):
+        scope["wants_cuda"]()
+    monkeypatch.delenv("KTO_KERNELS_CUDA")
+    assert scope["wants_cuda"]() is False
+    monkeypatch.setitem(scope, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
+    assert scope["wants_cuda"]() is True
+    monkeypatch.setenv("KTO_KERNELS_CUDA", "0")
+    assert scope["wants_cuda"]() is False
+
+
+# On a GPU ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# compute-sanitizer --tool memcheck (racecheck, initcheck) python -m pytest -m gpu tests/test_cuda.py
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_repeats_bitwise_on_a_gpu():
+    p = problem(vocab=50_257, batch=8, tokens=16).to(torch.bfloat16, "cuda")
+    first, first_grad = ours(p, "cuda")
+    for _ in range(5):
+        again, again_grad = ours(p, "cuda")
+        assert torch.equal(again.loss, first.loss) and torch.equal(again_grad, first_grad)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_one_launch_forward():
+    p = problem().to(torch.bfloat16, "cuda")
+    ours(p, "cuda")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        kto_loss(p.logits, p.labels, p.desirable, **p.tensors, **p.options, backend="cuda")
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
+    assert len(kernels) == 1 and "forward_kernel" in kernels[0], kernels
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_graph_capture():
+    p = problem().to(torch.float32, "cuda")
+    expected = kto_loss(p.logits, p.labels, p.desirable, **p.tensors, **p.options, backend="cuda").loss
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = kto_loss(p.logits, p.labels, p.desirable, **p.tensors, **p.options, backend="cuda").loss
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
