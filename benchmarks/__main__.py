@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import logits, report
+from . import inspect, logits, report
 from .environment import ROOT, describe
 from .measure import in_fresh_process
 
@@ -98,6 +98,10 @@ def main() -> None:
     command.add_argument("--quick", action="store_true", help="a small shape, few repetitions, no results file")
     command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/logits-DEVICE.json)")
     command.set_defaults(run=run_logits)
+
+    command = commands.add_parser("inspect", help="the Triton kernels as machine code: registers, spills, load widths")
+    inspect.add_arguments(command)
+    command.set_defaults(run=inspect.run)
 
     command = commands.add_parser("report", help="rebuild the README's tables from benchmarks/results")
     command.add_argument("--check", action="store_true", help="change nothing; fail where README and results differ")

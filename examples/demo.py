@@ -405,7 +405,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=HERE / "feedback.jsonl", help="training rows")
     parser.add_argument("--heldout", type=Path, default=HERE / "feedback_heldout.jsonl", help="held-out rows")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of kto.png and metrics.json")
-    parser.add_argument("--steps", type=at_least(1), default=24, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), default=28, help="training steps")
     parser.add_argument("--batch-size", type=at_least(2), default=8, help="rows; the KL estimate needs at least 2")
     parser.add_argument("--max-length", type=at_least(2), default=512, help="tokens; longer rows are cut off")
     parser.add_argument("--lr", type=positive, default=3e-5, help="largest learning rate")

@@ -1,63 +1,16 @@
 // kto_kernels._cpu: raw pointers, sizes and strides, so that the build needs no torch and one build
 // serves every torch version. Arguments are validated by the Python launchers.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "../bindings.h"
 
 #include "engine.h"
 
 namespace py = pybind11;
-using kto::DType;
-
-namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-kto::Rows make_rows(uintptr_t logits, int dtype, int64_t n_rows, int64_t n_sequences,
-                    int64_t tokens, int64_t vocab, int64_t logits_stride_b, int64_t logits_stride_t,
-                    uintptr_t labels, bool labels_int64, int64_t labels_stride_b,
-                    int64_t labels_stride_t, uintptr_t cu_seqlens, bool cu_seqlens_int64,
-                    int64_t ignore_index, bool shift) {
-  return {pointer<void>(logits),
-          DType(dtype),
-          n_rows,
-          n_sequences,
-          tokens,
-          vocab,
-          logits_stride_b,
-          logits_stride_t,
-          {pointer<void>(labels), labels_int64},
-          labels_stride_b,
-          labels_stride_t,
-          {pointer<void>(cu_seqlens), cu_seqlens_int64},
-          ignore_index,
-          shift};
-}
-
-}  // namespace
+using kto::pointer;
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of kto_kernels for the CPU";
 
-  py::class_<kto::Rows>(m, "Rows").def(
-      py::init(&make_rows), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("n_rows"),
-      py::arg("n_sequences"), py::arg("tokens"), py::arg("vocab"), py::arg("logits_stride_b"),
-      py::arg("logits_stride_t"), py::arg("labels"), py::arg("labels_int64"),
-      py::arg("labels_stride_b"), py::arg("labels_stride_t"), py::arg("cu_seqlens"),
-      py::arg("cu_seqlens_int64"), py::arg("ignore_index"), py::arg("shift"));
-
-  py::class_<kto::Scale>(m, "Scale")
-      .def(py::init([](double logit_scale, std::optional<double> softcap, double temperature) {
-             if (!softcap) {
-               const float scale = float(logit_scale / temperature);
-               return kto::Scale{1.0f, scale, scale, false};
-             }
-             return kto::Scale{float(logit_scale / *softcap), float(*softcap / temperature),
-                               float(logit_scale / temperature), true};
-           }),
-           py::kw_only(), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"));
+  kto::bind_rows(m);
 
   m.def("instruction_sets", &kto::instruction_sets);
   m.def("instruction_set", [] { return std::string(kto::kernels().name); });

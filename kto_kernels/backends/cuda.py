@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rows import ForwardResult, Rows, Scale, Sequences, strides
 from .base import Backend
+from .native import DTYPE, REDUCTION, native_rows, pointer
 
 _import_error = None
 try:
@@ -37,9 +38,8 @@ MAX_SPLITS = 32
 # Blocks wanted per multiprocessor: 8 are resident, and a second round evens out what they leave.
 BLOCKS_PER_PROCESSOR = 16
 
-_FLOAT64 = 3
-_DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: _FLOAT64}
-_REDUCTION = {"none": 0, "mean": 1, "sum": 2}
+# Of values given in any type; 3 is kF64 of csrc/cuda/launch.h.
+_VALUE_DTYPE = {**DTYPE, torch.float64: 3}
 
 
 # Launch parameters ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,35 +91,10 @@ def _target(device: torch.device):
 # Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _rows(rows: Rows):
     if rows.vocab >= 1 << 31:
         raise ValueError(f"logits: backend='cuda' takes a vocabulary below 2**31, got {rows.vocab}")
-    cu_seqlens = None if rows.cu_seqlens is None else rows.cu_seqlens.contiguous()
-    logits_b, logits_t = rows.logits_strides
-    labels_b, labels_t = rows.labels_strides
-    native = _native(rows.logits.device).Rows(
-        logits=_pointer(rows.logits),
-        dtype=_DTYPE[rows.logits.dtype],
-        n_rows=rows.n_rows,
-        n_sequences=rows.n_sequences,
-        tokens=rows.tokens,
-        vocab=rows.vocab,
-        logits_stride_b=logits_b,
-        logits_stride_t=logits_t,
-        labels=_pointer(rows.labels),
-        labels_int64=rows.labels.dtype == torch.int64,
-        labels_stride_b=labels_b,
-        labels_stride_t=labels_t,
-        cu_seqlens=_pointer(cu_seqlens),
-        cu_seqlens_int64=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
-        ignore_index=rows.ignore_index,
-        shift=rows.shift,
-    )
-    return native, cu_seqlens  # the caller keeps the tensor behind the pointer alive
+    return native_rows(_native(rows.logits.device), rows)
 
 
 def _forward(policy: Rows, scale: Scale, sets: list, n_rows: int, stages) -> None:
@@ -133,8 +108,8 @@ def _forward(policy: Rows, scale: Scale, sets: list, n_rows: int, stages) -> Non
         "sets": sets,
         "scale": native.Scale(**vars(scale)),
         "splits": splits,
-        "shares": _pointer(shares),
-        "arrivals": _pointer(arrivals),
+        "shares": pointer(shares),
+        "arrivals": pointer(arrivals),
         "stages": stages,
     }
     with _target(device) as target:
@@ -171,7 +146,7 @@ class CudaBackend(Backend):
             return logps, statistics
         native, _keep = _rows(rows)
         row_set = _native(device).RowSet(
-            rows=native, logps=_pointer(logps), maximum=_pointer(statistics[0]), sum=_pointer(statistics[1])
+            rows=native, logps=pointer(logps), maximum=pointer(statistics[0]), sum=pointer(statistics[1])
         )
         _forward(rows, scale, [row_set], rows.n_rows, None)
         return logps, statistics
@@ -200,16 +175,16 @@ class CudaBackend(Backend):
         def row_set(rows: Rows, sums: Tensor, logps: Tensor, **pointers: int):
             native_rows, cu_seqlens = _rows(rows)
             keep.extend((cu_seqlens, sums, logps))
-            return native.RowSet(rows=native_rows, logps=_pointer(logps), sums=_pointer(sums), **pointers)
+            return native.RowSet(rows=native_rows, logps=pointer(logps), sums=pointer(sums), **pointers)
 
         sets = [
             row_set(
                 policy,
                 result.logps,
                 result.token_logps,
-                maximum=_pointer(result.statistics[0]),
-                sum=_pointer(result.statistics[1]),
-                counts=_pointer(counts),
+                maximum=pointer(result.statistics[0]),
+                sum=pointer(result.statistics[1]),
+                counts=pointer(counts),
             )
         ]
 
@@ -219,7 +194,7 @@ class CudaBackend(Backend):
             keep.append(tensor)
             stride = tensor.stride(0) if tensor.dim() == 1 else 0
             # A tensor without elements may have no address, and is not absent.
-            return native.Values(data=_pointer(tensor) or 1, type=_DTYPE[tensor.dtype], stride=stride)
+            return native.Values(data=pointer(tensor) or 1, type=_VALUE_DTYPE[tensor.dtype], stride=stride)
 
         def side(sequences: Sequences, sums: Tensor | None = None):
             """Sequence log-probabilities: those given, or where the kernel puts its own."""
@@ -238,26 +213,26 @@ class CudaBackend(Backend):
         n_rows = policy.n_rows + sum(s.rows.n_rows for s in (ref, kl_policy, kl_ref) if s.rows is not None)
         stages = native.Stages(
             average=average,
-            reduction=_REDUCTION[options.reduction],
+            reduction=REDUCTION[options.reduction],
             n_sequences=count,
             n_kl=n_kl,
-            logps=_pointer(result.logps),
-            counts=_pointer(counts),
+            logps=pointer(result.logps),
+            counts=pointer(counts),
             ref_logps=side(ref, result.ref_logps),
             kl_logps=side(kl_policy),
             kl_ref_logps=side(kl_ref),
             kl=values(kl if isinstance(kl, Tensor) else None),
             kl_value=0.0 if isinstance(kl, Tensor) else kl,
-            desirable=_pointer(desirable),
+            desirable=pointer(desirable),
             desirable_stride=desirable.stride(0),
             beta=options.beta,
             desirable_weight=options.desirable_weight,
             undesirable_weight=options.undesirable_weight,
-            loss=_pointer(result.loss),
-            ref_logps_out=_pointer(result.ref_logps),
-            rewards=_pointer(result.rewards),
-            kl_out=_pointer(result.kl),
-            coefficients=_pointer(result.coefficients),
+            loss=pointer(result.loss),
+            ref_logps_out=pointer(result.ref_logps),
+            rewards=pointer(result.rewards),
+            kl_out=pointer(result.kl),
+            coefficients=pointer(result.coefficients),
         )
         _forward(policy, scale, sets, n_rows, stages)
         return result
@@ -274,13 +249,13 @@ class CudaBackend(Backend):
         arguments = {
             "rows": native_rows,
             "scale": native.Scale(**vars(scale)),
-            "grad": _pointer(grad),
+            "grad": pointer(grad),
             "grad_stride": 1 if any(grad.stride()) else 0,
-            "coefficients": _pointer(coefficients),
-            "logps": _pointer(token_logps),
-            "maximum": _pointer(statistics[0]),
-            "sum": _pointer(statistics[1]),
-            "out": _pointer(out),
+            "coefficients": pointer(coefficients),
+            "logps": pointer(token_logps),
+            "maximum": pointer(statistics[0]),
+            "sum": pointer(statistics[1]),
+            "out": pointer(out),
             "out_stride_b": out_b,
             "out_stride_t": out_t,
             "splits": row_splits(rows.n_rows, rows.vocab, rows.logits.dtype, _processors(device)),

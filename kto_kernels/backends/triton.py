@@ -30,12 +30,9 @@ INTERPRETED = kernels is not None and not isinstance(kernels.forward_kernel, tri
 
 THREADS = 128
 UNROLL = 4  # vectors of 16 bytes that a thread loads before it uses the first
-MAX_SPLITS = 32
+MAX_SPLITS = 64
 # Programs wanted per multiprocessor: 8 are resident, and a second round evens out what they leave.
 PROGRAMS_PER_PROCESSOR = 16
-
-_REDUCTION = {"none": 0, "mean": 1, "sum": 2}
-
 
 # Launch parameters ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -102,17 +99,18 @@ def _arrivals(device: torch.device) -> Tensor:
 # Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _layout_arguments(rows: Rows, prefix: str = "") -> dict:
-    """Labels and sequences, shared by the logits that they score."""
-    labels_b, labels_t = rows.labels_strides
+def _layout_arguments(rows: Rows | None, prefix: str = "", n_sequences: int = 0) -> dict:
+    """Labels and sequences, shared by the logits that they score; without rows, `n_sequences` whose sums are given."""
+    labels_b, labels_t = (0, 0) if rows is None else rows.labels_strides
+    cu_seqlens = None if rows is None else rows.cu_seqlens
     return {
-        f"{prefix}labels": rows.labels,
+        f"{prefix}labels": None if rows is None else rows.labels,
         f"{prefix}labels_stride_b": labels_b,
         f"{prefix}labels_stride_t": labels_t,
-        f"{prefix}cu_seqlens": None if rows.cu_seqlens is None else rows.cu_seqlens.contiguous(),
-        f"{prefix}n_rows": rows.n_rows,
-        f"{prefix}n_sequences": rows.n_sequences,
-        f"{prefix}tokens": rows.tokens,
+        f"{prefix}cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        f"{prefix}n_rows": 0 if rows is None else rows.n_rows,
+        f"{prefix}n_sequences": n_sequences if rows is None else rows.n_sequences,
+        f"{prefix}tokens": 0 if rows is None else rows.tokens,
     }
 
 
@@ -210,12 +208,7 @@ class TritonBackend(Backend):
             statistics=empty((2, *policy.labels.shape)),
         )
         kl_rows = kl_policy.rows or kl_ref.rows
-        kl_layout = _layout_arguments(kl_rows, "kl_") if kl_rows else dict.fromkeys(_layout_arguments(policy, "kl_"))
-        if not kl_rows:
-            for name in ("labels_stride_b", "labels_stride_t", "n_rows", "n_sequences", "tokens"):
-                kl_layout[f"kl_{name}"] = 0
-        if kl_policy.logps is not None:
-            kl_layout["kl_n_sequences"] = kl_policy.logps.numel()
+        kl_layout = _layout_arguments(kl_rows, "kl_", 0 if kl_policy.logps is None else kl_policy.logps.numel())
         others = sum(side.rows.n_rows for side in (ref, kl_policy, kl_ref) if side.rows)
         units = policy.n_rows + others
         split = _split_arguments(units, policy)
@@ -251,7 +244,7 @@ class TritonBackend(Backend):
             "kl_counts": empty(kl_layout["kl_n_sequences"], torch.float64) if average and kl_rows else None,
             **split,
             "AVERAGE": average,
-            "REDUCTION": _REDUCTION[options.reduction],
+            "REDUCTION": options.reduction,
         }
         _launch(kernels.forward_kernel, device, max(1, units) * split["splits"], arguments)
         return result

@@ -5,317 +5,38 @@
                              last row sums the sequences and computes the loss
     logits_backward_kernel   logits → their gradient, which may overwrite them
 
-The logits are read in tiles of UNROLL vectors of 16 bytes a thread, all loaded before the first is used. A row may
-start anywhere: tiles begin at its first aligned address, and the few elements in front of it and behind the last whole
-vector (the edge) are read apart. Everything vocabulary-sized is fp32, everything per token or sequence fp64.
-
 Nothing is specialised on a run-time value; absent tensors are None, which is resolved at compile time.
 """
 
 # No `from __future__ import annotations`: Triton reads the parameters' annotations.
-import inspect
-
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum starts here: lower than −inf − (−inf) = NaN can hurt
-BYTES = tl.constexpr(16)  # of one vector load
-
-# Codes of LossOptions.reduction.
-NONE = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-SUM = tl.constexpr(2)
-
-
-def _kernel(fn):
-    """`triton.jit` without specialisation: no other β, batch or alignment compiles anything anew."""
-    parameters = inspect.signature(fn).parameters.values()
-    run_time = [p.name for p in parameters if p.annotation is not tl.constexpr]
-    return triton.jit(fn, do_not_specialize=run_time)
-
-
-# Formulas ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit
-def _widen(x):
-    """fp64; bf16 by way of fp32, the only conversion the interpreter knows from it."""
-    return x.to(tl.float32).to(tl.float64) if x.dtype == tl.bfloat16 else x.to(tl.float64)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 `x` in `dtype`, rounded to nearest even; by hand for bf16 in the interpreter, which would truncate."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def _difference(a, b):
-    """`a − b`, where two equal infinities leave −inf (saturated) instead of NaN."""
-    return tl.where((a == b) & (tl.abs(a) == float("inf")), float("-inf"), a - b)
-
-
-@triton.jit
-def _log1p(x):
-    """fp64, x >= 0: the rounding of 1 + x is given back."""
-    u = 1.0 + x
-    return tl.log(u) + (x - (u - 1.0)) / u
-
-
-@triton.jit
-def _expm1(x):
-    """fp64, x <= 0: `(u − 1)·x / log u` for u = exp(x) rounds as u did."""
-    u = tl.exp(x)
-    ratio = (u - 1.0) * (x / tl.where((u == 1.0) | (u == 0.0), -1.0, tl.log(u)))
-    return tl.where(u == 1.0, x, tl.where(x < -1.0, u - 1.0, ratio))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
-
-
-@triton.jit
-def _tanh(x):
-    """fp32, to a few ulp near 0 too: a polynomial below 0.625 (Cephes' tanhf), an exponential above."""
-    a = tl.abs(x)
-    outer = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
-    z = x * x
-    series = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
-    inner = x + x * z * (series - 3.33332819422e-1)
-    return tl.where(a < 0.625, inner, tl.where(x < 0, -outer, outer))
-
-
-@triton.jit
-def _score(x, inner, SOFTCAP: tl.constexpr):
-    """The score u of a logit, in fp32; z = scale·u."""
-    u = x.to(tl.float32)
-    if SOFTCAP:
-        u = _tanh(u * inner)
-    return u
-
-
-@triton.jit
-def _decay(u, maximum, scale):
-    """exp(scale·(u − maximum)) for u <= maximum; 0 for u = −inf even where the maximum is −inf too."""
-    return tl.where(u == float("-inf"), 0.0, tl.exp(scale * (u - maximum)))
-
-
-@triton.jit
-def _label_logp(others_max, others_sum, y, scale):
-    """Stage token_logps: log-probability of the label with score y, given the softmax of all *other* scores, and the
-    (max, sum) of all. Leaving the label out keeps log1p exact where the label is the maximum, which is most tokens of
-    a good completion. fp64."""
-    y = y.to(tl.float64)
-    others_max = tl.where(others_sum == 0.0, float("-inf"), others_max.to(tl.float64))
-    top = tl.maximum(others_max, y)
-    others = others_sum * _decay(others_max, top, scale)
-    own = _decay(y, top, scale)
-    beside = tl.where(y >= others_max, others, others + (own - 1.0))
-    logp = (y - top) * scale - _log1p(beside)
-    logp = tl.where(y == float("-inf"), float("-inf"), logp)
-    undefined = (others_sum != others_sum) | (y != y) | (y == float("inf"))
-    return tl.where(undefined, float("nan"), logp), top, others + own
-
-
-# Rows and sequences ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit
-def _sequence_of(n, cu_seqlens, n_sequences):
-    """The i with cu_seqlens[i] <= n < cu_seqlens[i + 1]."""
-    low = n * 0
-    high = low + n_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) <= n:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def _place(n, cu_seqlens, tokens):
-    """Row n's (batch, token) index: (0, n) in the packed layout."""
-    if cu_seqlens is None:
-        return n // tokens, n % tokens
-    else:
-        return n * 0, n
-
-
-@triton.jit
-def _offset(b, t, stride_b, stride_t):
-    return b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
-
-
-@triton.jit
-def _row(
-    n, logits, logits_stride_b, logits_stride_t, labels, labels_stride_b, labels_stride_t, cu_seqlens, n_sequences,
-    tokens, vocab, ignore_index, SHIFT: tl.constexpr
-):  # fmt: skip
-    """Where row n begins, and its label or −1."""
-    b, t = _place(n, cu_seqlens, tokens)
-    row = logits + _offset(b, t, logits_stride_b, logits_stride_t)
-    inside = n >= 0
-    if SHIFT:
-        t += 1
-        if cu_seqlens is None:
-            inside = t < tokens
-        else:
-            inside = t < tl.load(cu_seqlens + _sequence_of(n, cu_seqlens, n_sequences) + 1)
-    label = tl.load(labels + _offset(b, t, labels_stride_b, labels_stride_t), mask=inside, other=-1).to(tl.int64)
-    scored = inside & (label != ignore_index) & (label >= 0) & (label < vocab)
-    return row, tl.where(scored, label, -1).to(tl.int32)
-
-
-@triton.jit
-def _head(row, vocab, VECTOR: tl.constexpr):
-    """How many elements lie in front of the row's first aligned address."""
-    return tl.minimum((-(row.to(tl.int64) // (BYTES // VECTOR))) & (VECTOR - 1), vocab).to(tl.int32)
-
-
-@triton.jit
-def _lanes(UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """A tile's element offsets (UNROLL, THREADS, VECTOR): axis 1 is spread over threads, the others stay inside one."""
-    unroll = tl.arange(0, UNROLL)[:, None, None]
-    thread = tl.arange(0, THREADS)[None, :, None]
-    return (unroll * THREADS + thread) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-
-
-@triton.jit
-def _share_of_tiles(whole, tiles, split, splits):
-    """Share `split` of a row's tiles, of which the first `whole` are full: the full ones are [first, whole), and where
-    whole < last one more follows."""
-    first = split * tiles // splits
-    last = (split + 1) * tiles // splits
-    return first, tl.minimum(last, whole), last
-
-
-@triton.jit
-def _edge(head, length, VECTOR: tl.constexpr):
-    """Positions of the elements in front of the tiles and behind them; those past the row's end are masked off."""
-    i = tl.arange(0, 2 * VECTOR)
-    return i + tl.where(i < head, 0, length)
-
+from .triton_rows import (
+    BYTES,
+    LOG2E,
+    aligned_head,
+    difference,
+    edge_positions,
+    expm1,
+    find_row,
+    kernel,
+    narrow,
+    offset,
+    place,
+    score,
+    score_row,
+    sequence_of,
+    share_of_tiles,
+    sigmoid,
+    tile_lanes,
+    widen,
+)
 
 # Stage token_logps ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@triton.jit
-def _fold(u, running_max, running_sum, rate):
-    """Adds a tile of scores to each thread's running softmax. No NaN but from NaN or +inf: the maximum is finite."""
-    tile_max = tl.max(tl.max(u, axis=2), axis=0)
-    new_max = tl.maximum(running_max, tile_max)
-    terms = tl.exp2((u - new_max[None, :, None]) * rate)
-    kept = running_sum * tl.exp2((running_max - new_max) * rate)
-    return new_max, kept + tl.sum(tl.sum(terms, axis=2), axis=0)
-
-
-@triton.jit
-def _rescaled_sum(sums, maxima, maximum, rate):
-    """Sum in fp64 of sums that were taken below `maxima`, below `maximum`."""
-    return tl.sum(sums.to(tl.float64) * tl.exp2((maxima - maximum) * rate).to(tl.float64), axis=0)
-
-
-@triton.jit
-def _softmax_share(
-    row, vocab, label, split, splits, inner, rate,
-    SOFTCAP: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
-    """(max, sum in fp64) over share `split` of the row's scores but the label's; (LOWEST, 0) where there is none."""
-    TILE: tl.constexpr = UNROLL * THREADS * VECTOR
-    head = _head(row, vocab, VECTOR)
-    body = tl.multiple_of(row + head, BYTES)
-    length = (vocab - head) // VECTOR * VECTOR
-    first, whole, last = _share_of_tiles(length // TILE, tl.cdiv(length, TILE), split, splits)
-    at = label - head
-    label_tile = tl.where(at >= 0, at // TILE, -1)
-    running_max = tl.full((THREADS,), LOWEST, tl.float32)
-    running_sum = tl.zeros((THREADS,), tl.float32)
-    for tile in range(first, whole):
-        if tile != label_tile:
-            x = tl.load(body + tile * TILE + _lanes(UNROLL, THREADS, VECTOR), eviction_policy="evict_first")
-            u = _score(x, inner, SOFTCAP)
-            running_max, running_sum = _fold(u, running_max, running_sum, rate)
-    # The label's tile, and the last one where it is not full, one vector a thread at a time: masks cost registers.
-    STEP: tl.constexpr = THREADS * VECTOR
-    vectors = _lanes(1, THREADS, VECTOR)
-    label_steps = tl.where((label_tile >= first) & (label_tile < whole), UNROLL, 0)
-    last_steps = tl.where(whole < last, tl.cdiv(length - whole * TILE, STEP), 0)
-    for step in range(0, label_steps + last_steps):
-        in_label_tile = step < label_steps
-        start = tl.where(in_label_tile, label_tile * TILE, whole * TILE - label_steps * STEP) + step * STEP
-        # The mask in whole vectors, so that the loads stay vectors.
-        inside = vectors // VECTOR < (length - start) // VECTOR
-        x = tl.load(body + start + vectors, mask=inside, other=0.0, eviction_policy="evict_first")
-        u = tl.where(inside & (vectors != at - start), _score(x, inner, SOFTCAP), float("-inf"))
-        running_max, running_sum = _fold(u, running_max, running_sum, rate)
-    share_max = tl.max(running_max, axis=0)
-    share_sum = _rescaled_sum(running_sum, running_max, share_max, rate)
-    if (split == 0) & (length < vocab):
-        v = _edge(head, length, VECTOR)
-        u = _score(tl.load(row + v, mask=v < vocab, other=0.0), inner, SOFTCAP)
-        u = tl.where((v < vocab) & (v != label), u, float("-inf"))
-        top = tl.maximum(share_max, tl.max(u, axis=0))
-        share_sum = share_sum * tl.exp2((share_max - top) * rate).to(tl.float64)
-        share_sum += tl.sum(tl.exp2((u - top) * rate).to(tl.float64), axis=0)
-        share_max = top
-    return share_max, share_sum
-
-
-@triton.jit
-def _merge_shares(shares, splits, rate, MAX_SPLITS: tl.constexpr):
-    """(max, sum) of a row from those of its shares, in their order."""
-    i = tl.arange(0, MAX_SPLITS)
-    # .cg: other programs wrote them, so never out of this processor's own cache.
-    share_max = tl.load(shares + 2 * i, mask=i < splits, other=LOWEST, cache_modifier=".cg").to(tl.float32)
-    share_sum = tl.load(shares + 2 * i + 1, mask=i < splits, other=0.0, cache_modifier=".cg")
-    row_max = tl.max(share_max, axis=0)
-    return row_max, _rescaled_sum(share_sum, share_max, row_max, rate)
-
-
-@triton.jit
-def _score_row(
-    row, label, unit, split, splits, vocab, inner, scale, shares, arrivals,
-    SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
-    """Scores a row, or this program's share of it: the label's log-probability, (max, sum) of the row's softmax, and
-    whether this program is the row's last, which alone knows them. `unit` numbers rows over all sets."""
-    scale = tl.full((), scale, tl.float64)
-    rate = (scale * LOG2E).to(tl.float32)
-    inner = tl.full((), inner, tl.float32)
-    finished = split == 0  # an ignored row costs no pass over its logits
-    logp = tl.full((), 0.0, tl.float64)
-    all_max = logp
-    all_sum = logp
-    if label >= 0:
-        row_max, row_sum = _softmax_share(
-            row, vocab, label, split, splits, inner, rate, SOFTCAP, UNROLL, THREADS, VECTOR
-        )
-        if splits > 1:
-            share = shares + 2 * (unit * splits + split)
-            tl.store(share, row_max.to(tl.float64))
-            tl.store(share + 1, row_sum)
-            tl.debug_barrier()
-            finished = tl.atomic_add(arrivals + 1 + unit, 1, sem="acq_rel") == splits - 1
-            if finished:
-                tl.store(arrivals + 1 + unit, 0)
-                row_max, row_sum = _merge_shares(shares + 2 * unit * splits, splits, rate, MAX_SPLITS)
-        if finished:
-            y = _score(tl.load(row + label), inner, SOFTCAP)
-            logp, all_max, all_sum = _label_logp(row_max, row_sum, y, scale)
-    return logp, all_max, all_sum, finished
-
-
-@_kernel
+@kernel
 def token_logps_kernel(
     logits,  # (B, T, V) or (N, V)
     logits_stride_b: tl.int64,
@@ -345,11 +66,11 @@ def token_logps_kernel(
 ):
     program = tl.program_id(0)
     n = program // splits
-    row, label = _row(
+    row, label = find_row(
         n, logits, logits_stride_b, logits_stride_t, labels, labels_stride_b, labels_stride_t, cu_seqlens, n_sequences,
         tokens, vocab, ignore_index, SHIFT
     )  # fmt: skip
-    logp, row_max, row_sum, finished = _score_row(
+    logp, row_max, row_sum, finished = score_row(
         row, label, n, program % splits, splits, vocab, inner, scale, shares, arrivals,
         SOFTCAP, MAX_SPLITS, UNROLL, THREADS, VECTOR
     )  # fmt: skip
@@ -366,7 +87,7 @@ def token_logps_kernel(
 def _sum_tiles(
     values, sums, divisors, divide, cu_seqlens, n_sequences, tokens, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """_sum_sequences, SEQUENCES at a time and TOKENS of each at a time."""
+    """sum_sequences, SEQUENCES at a time and TOKENS of each at a time."""
     for start in range(0, n_sequences, SEQUENCES):
         i = start + tl.arange(0, SEQUENCES)
         exists = i < n_sequences
@@ -388,7 +109,7 @@ def _sum_tiles(
 
 
 @triton.jit
-def _sum_sequences(values, sums, divisors, divide, cu_seqlens, n_rows, n_sequences, tokens):
+def sum_sequences(values, sums, divisors, divide, cu_seqlens, n_rows, n_sequences, tokens):
     """Sums of per-token values over each sequence, if `divide` divided by `divisors` (at least 1)."""
     if n_rows >= 256 * n_sequences:  # few long sequences
         _sum_tiles(values, sums, divisors, divide, cu_seqlens, n_sequences, tokens, 2, 256)
@@ -418,7 +139,7 @@ def _sum_models(
             if step == 0:
                 values = scored
                 into = counts
-        _sum_sequences(values, into, counts, step > 0, cu_seqlens, n_rows, n_sequences, tokens)
+        sum_sequences(values, into, counts, step > 0, cu_seqlens, n_rows, n_sequences, tokens)
         tl.debug_barrier()
 
 
@@ -429,9 +150,9 @@ def _reference_point(sums, stride, ref_sums, ref_stride, count, BLOCK: tl.conste
     total = tl.full((), 0.0, tl.float64)
     for start in range(0, count, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        ratio = _widen(tl.load(sums + j * stride, mask=j < count, other=0.0))
+        ratio = widen(tl.load(sums + j * stride, mask=j < count, other=0.0))
         if ref_sums is not None:
-            ratio = _difference(ratio, _widen(tl.load(ref_sums + j * ref_stride, mask=j < count, other=0.0)))
+            ratio = difference(ratio, widen(tl.load(ref_sums + j * ref_stride, mask=j < count, other=0.0)))
         total += tl.sum(ratio, axis=0)
     return total / tl.maximum(count, 1).to(tl.float64)
 
@@ -444,7 +165,7 @@ def _loss(
 ):  # fmt: skip
     """Stages value and loss: x = ±β(r − z0), loss = λ·σ(−x), `coefficients` its derivative by a token's logp."""
     share = tl.full((), 1.0, tl.float64)
-    if REDUCTION == MEAN:
+    if REDUCTION == "mean":
         share = share / tl.maximum(n_sequences, 1).to(tl.float64)
     total = tl.full((), 0.0, tl.float64)
     for start in range(0, n_sequences, BLOCK):
@@ -453,28 +174,28 @@ def _loss(
         ratio = tl.load(sums + i, mask=exists, other=0.0)
         ref = tl.zeros((BLOCK,), tl.float64)
         if ref_sums is not None:
-            ref = _widen(tl.load(ref_sums + i * ref_stride, mask=exists, other=0.0))
-            ratio = _difference(ratio, ref)
+            ref = widen(tl.load(ref_sums + i * ref_stride, mask=exists, other=0.0))
+            ratio = difference(ratio, ref)
         good = tl.load(desirable + i * desirable_stride, mask=exists, other=0) != 0
         signed_beta = tl.where(good, beta, -beta)
         weight = tl.where(good, desirable_weight, undesirable_weight)
-        x = signed_beta * _difference(ratio, z0)
-        below = _sigmoid(-x)
+        x = signed_beta * difference(ratio, z0)
+        below = sigmoid(-x)
         value_loss = weight * below
-        slope = -weight * signed_beta * (_sigmoid(x) * below) * share
+        slope = -weight * signed_beta * (sigmoid(x) * below) * share
         if AVERAGE:
             slope = slope / tl.maximum(tl.load(counts + i, mask=exists, other=1.0), 1.0)
         tl.store(ref_logps + i, ref, mask=exists)
         tl.store(rewards + i, (beta * ratio).to(tl.float32), mask=exists)
         tl.store(coefficients + i, slope.to(tl.float32), mask=exists)
-        if REDUCTION == NONE:
+        if REDUCTION == "none":
             tl.store(loss + i, value_loss.to(tl.float32), mask=exists)
         total += tl.sum(tl.where(exists, value_loss, 0.0), axis=0)
-    if REDUCTION != NONE:
+    if REDUCTION != "none":
         tl.store(loss, (total * share).to(tl.float32))
 
 
-@_kernel
+@kernel
 def forward_kernel(
     logits,  # (B, T, V) or (N, V), as ref_logits
     logits_stride_b: tl.int64,
@@ -567,25 +288,25 @@ def forward_kernel(
                 n = unit - n_rows
                 stride_b = ref_logits_stride_b
                 stride_t = ref_logits_stride_t
-        row, label = _row(
+        row, label = find_row(
             n, row, stride_b, stride_t, labels, labels_stride_b, labels_stride_t, cu_seqlens, n_sequences, tokens,
             vocab, ignore_index, SHIFT
         )  # fmt: skip
     if kl_logits is not None:
         if (unit >= first_kl) & (unit < first_kl_ref):
-            row, label = _row(
+            row, label = find_row(
                 unit - first_kl, kl_logits, kl_logits_stride_b, kl_logits_stride_t, kl_labels, kl_labels_stride_b,
                 kl_labels_stride_t, kl_cu_seqlens, kl_n_sequences, kl_tokens, vocab, ignore_index, SHIFT
             )  # fmt: skip
     if kl_ref_logits is not None:
         if (unit >= first_kl_ref) & (unit < units):
-            row, label = _row(
+            row, label = find_row(
                 unit - first_kl_ref, kl_ref_logits, kl_ref_logits_stride_b, kl_ref_logits_stride_t, kl_labels,
                 kl_labels_stride_b, kl_labels_stride_t, kl_cu_seqlens, kl_n_sequences, kl_tokens, vocab, ignore_index,
                 SHIFT
             )  # fmt: skip
 
-    logp, row_max, row_sum, finished = _score_row(
+    logp, row_max, row_sum, finished = score_row(
         row, label, unit, split, splits, vocab, inner, scale, shares, arrivals,
         SOFTCAP, MAX_SPLITS, UNROLL, THREADS, VECTOR
     )  # fmt: skip
@@ -617,9 +338,7 @@ def forward_kernel(
         if other_logps is not None:
             kl_others = other_logps + (first_kl - n_rows)
         if ref_logits is None:
-            _sum_models(
-                token_logps, logps, None, None, scored, counts, cu_seqlens, n_rows, n_sequences, tokens
-            )
+            _sum_models(token_logps, logps, None, None, scored, counts, cu_seqlens, n_rows, n_sequences, tokens)
         else:
             _sum_models(
                 token_logps, logps, other_logps, ref_sums, scored, counts, cu_seqlens, n_rows, n_sequences, tokens
@@ -642,7 +361,7 @@ def forward_kernel(
         if kl_sums is not None:
             point = _reference_point(kl_sums, kl_sums_stride, kl_ref_sums, kl_ref_sums_stride, kl_n_sequences, 128)
         elif kl is not None:
-            point = _widen(tl.load(kl))
+            point = widen(tl.load(kl))
         else:
             point = tl.full((), kl_value, tl.float64)
         point = tl.where(point < 0.0, 0.0, point)  # NaN stays NaN
@@ -661,14 +380,14 @@ def forward_kernel(
 @triton.jit
 def _gradient(x, reference, factor, inner, rate, SOFTCAP: tl.constexpr):
     """−g·p·dz/dx of some logits; the label's is another."""
-    u = _score(x, inner, SOFTCAP)
+    u = score(x, inner, SOFTCAP)
     gradient = tl.exp2((u - reference) * rate) * factor
     if SOFTCAP:
         gradient = gradient * (1.0 - u * u)
     return gradient
 
 
-@_kernel
+@kernel
 def logits_backward_kernel(
     logits,  # (B, T, V) or (N, V)
     logits_stride_b: tl.int64,
@@ -706,33 +425,33 @@ def logits_backward_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     n = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
-    row, label = _row(
+    row, label = find_row(
         n, logits, logits_stride_b, logits_stride_t, labels, labels_stride_b, labels_stride_t, cu_seqlens, n_sequences,
         tokens, vocab, ignore_index, SHIFT
     )  # fmt: skip
-    b, t = _place(n, cu_seqlens, tokens)
-    out_row = out + _offset(b, t, out_stride_b, out_stride_t)
+    b, t = place(n, cu_seqlens, tokens)
+    out_row = out + offset(b, t, out_stride_b, out_stride_t)
 
     g = tl.full((), 0.0, tl.float64)
     if label >= 0:
         if coefficients is not None:
             if cu_seqlens is not None:
-                b = _sequence_of(n, cu_seqlens, n_sequences)
+                b = sequence_of(n, cu_seqlens, n_sequences)
             g = tl.load(coefficients + b).to(tl.float64)
-            above = tl.load(grad + _offset(b, b * 0, grad_stride_b, grad_stride_t)).to(tl.float64)
+            above = tl.load(grad + offset(b, b * 0, grad_stride_b, grad_stride_t)).to(tl.float64)
             # A saturated sequence has gradient 0 whatever arrives from above.
             g = tl.where(g == 0.0, 0.0, g * above)
         else:
-            g = tl.load(grad + _offset(b, t, grad_stride_b, grad_stride_t)).to(tl.float64)
+            g = tl.load(grad + offset(b, t, grad_stride_b, grad_stride_t)).to(tl.float64)
 
     # Stores are aligned; loads too where the gradient lies as the logits do, which it does in place.
-    head = _head(out_row, vocab, VECTOR)
+    head = aligned_head(out_row, vocab, VECTOR)
     out_body = tl.multiple_of(out_row + head, BYTES)
     length = (vocab - head) // VECTOR * VECTOR
-    first, whole, last = _share_of_tiles(length // TILE, tl.cdiv(length, TILE), split, splits)
-    lanes = _lanes(UNROLL, THREADS, VECTOR)
-    vectors = _lanes(1, THREADS, VECTOR)
-    v = _edge(head, length, VECTOR)
+    first, whole, last = share_of_tiles(length // TILE, tl.cdiv(length, TILE), split, splits)
+    lanes = tile_lanes(UNROLL, THREADS, VECTOR)
+    vectors = tile_lanes(1, THREADS, VECTOR)
+    v = edge_positions(head, length, VECTOR)
     has_edge = (split == 0) & (length < vocab)
     if g == 0.0:
         zeros = tl.zeros((1, THREADS, VECTOR), dtype)
@@ -751,9 +470,9 @@ def logits_backward_kernel(
         upstream = g * slope
         factor = (-upstream / tl.where(row_sum == 0.0, 1.0, row_sum)).to(tl.float32)
         # 1 − p from the log-probability: rounding p first would lose every near-certain token.
-        entry = upstream * -_expm1(logp)
+        entry = upstream * -expm1(logp)
         if SOFTCAP:
-            y = _score(tl.load(row + label), u_inner, SOFTCAP).to(tl.float64)
+            y = score(tl.load(row + label), u_inner, SOFTCAP).to(tl.float64)
             entry = entry * (1.0 - y * y)
             tl.debug_barrier()  # in place: every thread has read the label's logit before one overwrites it
         body = row + head
@@ -766,7 +485,7 @@ def logits_backward_kernel(
             else:
                 x = tl.load(body + start + lanes)
             gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_body + start + lanes, _narrow(gradient, dtype, INTERPRETED))
+            tl.store(out_body + start + lanes, narrow(gradient, dtype, INTERPRETED))
         for start in range(whole * TILE, tl.minimum(last * TILE, length), THREADS * VECTOR):
             inside = vectors // VECTOR < (length - start) // VECTOR
             if aligned:
@@ -774,13 +493,13 @@ def logits_backward_kernel(
             else:
                 x = tl.load(body + start + vectors, mask=inside, other=0.0)
             gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_body + start + vectors, _narrow(gradient, dtype, INTERPRETED), mask=inside)
+            tl.store(out_body + start + vectors, narrow(gradient, dtype, INTERPRETED), mask=inside)
         if has_edge:
             x = tl.load(row + v, mask=v < vocab, other=0.0)
             gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_row + v, _narrow(gradient, dtype, INTERPRETED), mask=v < vocab)
+            tl.store(out_row + v, narrow(gradient, dtype, INTERPRETED), mask=v < vocab)
         at = label - head
         in_tiles = (at >= first * TILE) & (at < tl.minimum(last * TILE, length))
         if in_tiles | (has_edge & ((at < 0) | (at >= length))):  # the program that wrote −g·p there
             tl.debug_barrier()
-            tl.store(out_row + label, _narrow(entry.to(tl.float32), dtype, INTERPRETED))
+            tl.store(out_row + label, narrow(entry.to(tl.float32), dtype, INTERPRETED))
