@@ -82,6 +82,6 @@ def peers(device: str) -> dict[str, LossOf | str]:
 
 
 def backends(device: str) -> list[str]:
-    """Ours that are worth timing on a device: those that run there, but plain PyTorch and Triton's interpreter."""
-    slow = {"torch"} | ({"triton"} if device == "cpu" else set())
+    """Ours that are worth timing on a device: those that run there, but plain PyTorch and what only emulates a GPU."""
+    slow = {"torch"} | ({"triton", "cuda"} if device == "cpu" else set())
     return [name for name, reason in available_backends(device).items() if reason is None and name not in slow]

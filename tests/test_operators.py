@@ -8,6 +8,12 @@ import kto_kernels
 from kto_kernels import KTOLoss, kto_loss, ops, token_logps
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Each test compiles from nothing: torch.compile gives up on code that was compiled too often before."""
+    torch.compiler.reset()
+
+
 def op_arguments(p, backend, requires_grad=True):
     t, logits = p.tensors, p.logits.clone().requires_grad_(requires_grad)
     names = ("ref_logits", "ref_logps", "kl")
@@ -52,7 +58,7 @@ def test_opcheck_token_logps_and_backward(place):
 
 @places
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compiles_as_one_graph(inplace, place):
+def test_compiles_as_one_graph(inplace, place, fresh_compiler):
     backend, device = place
     p = problem(batch=3, tokens=4, vocab=33, shift=True).to(torch.float32, device)
 
@@ -73,7 +79,7 @@ def test_compiles_as_one_graph(inplace, place):
         assert torch.equal(x.grad, y.grad)
 
 
-def test_compiles_with_inductor_and_as_a_module():
+def test_compiles_with_inductor_and_as_a_module(fresh_compiler):
     p = problem(batch=3, tokens=4, vocab=33, kl="number", ref_kl=None).to(torch.float32)
     module = KTOLoss(shift=True, desirable_weight=1.2)
     head = torch.nn.Linear(8, 33)
@@ -87,7 +93,7 @@ def test_compiles_with_inductor_and_as_a_module():
     torch.testing.assert_close(compiled, eager)
 
 
-def test_dynamic_shapes_do_not_break_the_graph():
+def test_dynamic_shapes_do_not_break_the_graph(fresh_compiler):
     step = torch.compile(
         lambda x, y: token_logps(x, y, shift=True).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
     )
