@@ -63,6 +63,7 @@ def memory(variant: str, dtype: str, n: int, vocab: int, device: str) -> int:
 
 def write(result: dict, path: Path | None) -> None:
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
