@@ -126,7 +126,8 @@ def kto_loss(
         cu_seqlens: (B + 1,) int32 or int64 offsets of packed sequences, from 0 to N.
         temperature: the logits are divided by it, > 0.
         inplace_backward: the gradient overwrites `logits`, which must be neither a leaf nor a view of one (the latter
-            goes unnoticed under torch.compile); one backward only.
+            goes unnoticed under torch.compile); one backward only. A model's output is right as it is; to try it on a
+            leaf, pass `logits * 1`.
         process_group: not supported yet.
         backend: "auto", or a name out of `available_backends()`.
 
