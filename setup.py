@@ -38,8 +38,8 @@ def find_compiler() -> str:
         if shutil.which(shlex.split(candidate)[0]):
             return candidate
     raise SystemExit(
-        "kto_kernels: no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one (GCC 11 or Clang 14 and "
-        "later), or set KTO_KERNELS_CPU=0 to build without native code."
+        "kto_kernels: no C++ compiler found (looked for $CXX, c++, g++, clang++). Install one (tested: GCC 12, Clang "
+        "14), or set KTO_KERNELS_CPU=0 to build without native code."
     )
 
 
@@ -161,8 +161,8 @@ class NinjaBuild(build_ext):
                     "KTO_KERNELS_CUDA=0 builds without the CUDA kernels."
                 ) from error
             raise SystemExit(
-                f"kto_kernels: {compiler} could not build {ext.name} (its messages are above). GCC 11 or Clang 14 and "
-                "later can; KTO_KERNELS_CPU=0 builds without native code."
+                f"kto_kernels: {compiler} could not build {ext.name} (its messages are above). GCC 12 and Clang 14 "
+                "can; KTO_KERNELS_CPU=0 builds without native code."
             ) from error
 
 
