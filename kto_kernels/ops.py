@@ -239,7 +239,9 @@ def _logits_grad(ctx, grad: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def _twice(ctx, *grads):
-    raise RuntimeError("kto_kernels: differentiating twice is not supported; use backend-free PyTorch for that")
+    raise RuntimeError(
+        "kto_kernels: differentiating twice is not supported; the stages of kto_kernels.reference are plain PyTorch and allow it"
+    )
 
 
 register_autograd(token_logps, _token_logps_backward, setup_context=_token_logps_context)

@@ -29,7 +29,7 @@ def emulation(monkeypatch):
     try:
         module = importlib.import_module("kto_kernels._cuda_emulation")
     except ImportError:
-        pytest.skip("kto_kernels._cuda_emulation is not built (KTO_KERNELS_CUDA_EMULATION=1)")
+        pytest.fail("kto_kernels._cuda_emulation is not built: install with KTO_KERNELS_CUDA_EMULATION=1")
     monkeypatch.setattr(cuda, "_emulation", module)
     monkeypatch.setattr(cuda, "_emulation_error", None)
     yield module
