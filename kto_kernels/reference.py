@@ -87,6 +87,30 @@ def token_logps_grad(
     return out.masked_fill(silent.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
+def outputs(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...)
+    names: tuple[str, ...],
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:  # (...) each
+    """By-products of a row's softmax, for logging: `entropy` (`−Σ_v p_v log p_v`, in nats), `mean_logits` (the mean of
+    z over the vocabulary), `is_top1` (whether the target is the first argmax)."""
+    if not names:
+        return {}
+    z = scaled(logits, logit_scale, softcap, temperature)
+    values = {}
+    if "entropy" in names:
+        log_p = z.log_softmax(-1)
+        values["entropy"] = -torch.where(z == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
+    if "mean_logits" in names:
+        values["mean_logits"] = z.mean(-1)
+    if "is_top1" in names:
+        values["is_top1"] = z.argmax(-1) == target
+    return values
+
+
 # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -109,3 +109,17 @@ class ForwardResult(StageResult):
     ref_logps: Tensor  # (B,) fp64
     token_logps: Tensor  # labels-shaped
     statistics: Tensor  # (2, *labels.shape), what the same backend's backward needs of each row's softmax
+
+
+# What `outputs=` may ask for beside the log-probability, per scored token.
+OUTPUTS = ("entropy", "mean_logits", "is_top1")
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """What one pass over a chunk of logits tells of each of its rows; fp32, or fp64 for fp64 logits."""
+
+    logps: Tensor  # (C,)
+    entropy: Tensor | None = None  # (C,) −Σ_v p_v log p_v in nats
+    mean_logits: Tensor | None = None  # (C,) mean over the vocabulary of z
+    is_top1: Tensor | None = None  # (C,) bool, whether the label is the (first) argmax

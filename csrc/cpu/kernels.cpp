@@ -101,7 +101,7 @@ void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, flo
                   float reference, float sum, const Scale& scale) {
   const double slope = double(g) * scale.slope;
   const double y = unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
-  const float factor = float(sum > 0 ? -slope / sum : -slope);
+  const float factor = float(sum == 0 ? -slope : -slope / sum);
   const float origin = reference == -INFINITY ? 0.0f : reference;
   if (isnan(factor)) {  // one NaN in the row is a NaN in every gradient of it
     for (int64_t v = 0; v < vocab; ++v) store_one(out + v, NAN);

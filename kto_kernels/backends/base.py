@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..rows import ForwardResult, LossOptions, Rows, Scale, Sequences, StageResult
+from .. import reference
+from ..rows import ChunkScores, ForwardResult, LossOptions, Rows, Scale, Sequences, StageResult
 
 
 class Backend(ABC):
@@ -52,6 +53,31 @@ class Backend(ABC):
         out: Tensor,  # logits-shaped, may be the logits
     ) -> None:
         """Writes `g_n · ∂ℓ_n/∂logits` for every row; zeros where the row is ignored or `g_n` is 0."""
+
+    def score_chunk(
+        self,
+        logits: Tensor,  # (C, V), rows of stride 1
+        labels: Tensor,  # (C,) int64, each in [0, V)
+        scale: Scale,
+        gradient: bool,
+        outputs: tuple[str, ...],  # out of rows.OUTPUTS
+    ) -> ChunkScores:
+        """Scores the rows of a chunk; with `gradient`, overwrites the logits by `∂ℓ_n/∂logits`."""
+        rows = Rows(logits, labels, None, shift=False, ignore_index=-1)
+        logps, statistics = self.token_logps(rows, scale)
+        extra = reference.outputs(logits, labels, outputs, **vars(scale))
+        if gradient:
+            ones = torch.ones_like(logps)
+            self.logits_backward(rows, scale, ones, None, logps, statistics, logits)
+        return ChunkScores(logps, **extra)
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
+        """Multiplies by the () fp32 or fp64 `factor` where that is not 1, without waiting for the device."""
+        if factor.device.type == "cpu":
+            if factor != 1:
+                tensor.mul_(factor.item())
+        else:
+            tensor.mul_(factor.reshape(1))  # one-dimensional, so that it is not rounded to the tensor's dtype
 
 
 class StagedBackend(Backend):
