@@ -37,6 +37,22 @@ KTO_HD Partial<Real> merge(Partial<Real> a, Partial<Real> b) {
   return {reference, a.sum * decay(a.reference, reference) + b.sum * decay(b.reference, reference)};
 }
 
+// The entropy's second sum, that of exp(z - reference) (z - reference), moved from the reference of
+// its Partial to another one.
+template <class Real>
+KTO_HD Real weighted_at(Real reference, Partial<Real> of, Real weighted) {
+  const Real step = of.reference == -Real(INFINITY) ? Real(0) : of.reference - reference;
+  return (weighted + step * of.sum) * decay(of.reference, reference);
+}
+
+// -sum_v p_v log p_v of a whole row, 0 where every logit is -inf.
+template <class Real>
+KTO_HD Real entropy(Real sum, Real weighted) {
+  if (sum == 0) return 0;
+  const Real value = log(sum) - weighted / sum;
+  return value < 0 ? Real(0) : value;  // by rounding; NaN stays NaN
+}
+
 // Stage token_logps: log-probability of the label with scaled logit y, given the partial softmax of
 // all *other* logits. Leaving the label out keeps log1p exact where the label is the maximum, which
 // is most tokens of a good completion.

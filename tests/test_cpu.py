@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DTYPE_IDS, DTYPES, check, ours, problem
+from harness import DTYPE_IDS, DTYPES, assert_as_accurate, check, ours, problem
 from test_kto_loss import CASES
 
-from kto_kernels import kto_loss, token_logps
-from kto_kernels.backends import cpu
+from kto_kernels import kto_loss, reference, token_logps
+from kto_kernels.backends import BACKENDS, cpu
+from kto_kernels.backends.base import Backend
+from kto_kernels.rows import OUTPUTS, Scale
 
 ISAS = cpu.instruction_sets()
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,94 @@ def test_thread_count_does_not_change_a_bit(dtype, isa):
     torch.set_num_threads(2)
     for out, grad in results[1:]:
         assert torch.equal(grad, results[0][1]) and torch.equal(out.loss, results[0][0].loss)
+
+
+def long_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of several blocks whose maximum moves at every chance: at random, always, late, from nothing, by a little."""
+    x = 3 * torch.randn(6, 10_007)
+    x[1] = torch.linspace(-300, 300, 10_007)
+    x[2] = torch.linspace(300, -300, 10_007)
+    x[3, :5_000] = -torch.inf
+    x[4, :5_000] -= 40
+    x[5, 9_000] = 20  # within the lag of a reference
+    return x, torch.tensor([0, 10_006, 5_003, 5_001, 7, 10_000])
+
+
+@pytest.mark.parametrize("scale", [Scale(), Scale(0.7, 20.0, 0.6)], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_by_products_of_long_rows(dtype, scale, isa, poisoned_memory):
+    x, labels = long_rows()
+    x = x.to(dtype)
+    scores = BACKENDS["cpu"].score_chunk(x, labels, scale, False, OUTPUTS)
+    exact = reference.outputs(x.double(), labels, OUTPUTS, **vars(scale))
+    plain = reference.outputs(x, labels, OUTPUTS, **vars(scale))
+    eps = torch.finfo(torch.float32).eps
+    assert_as_accurate("entropy", scores.entropy, plain["entropy"], exact["entropy"], 8 * eps)
+    finite = exact["mean_logits"].isfinite()
+    assert torch.equal(scores.mean_logits[~finite].double(), exact["mean_logits"][~finite])
+    means = (values[finite] for values in (scores.mean_logits, plain["mean_logits"], exact["mean_logits"]))
+    assert_as_accurate("mean_logits", *means, eps, 300.0)
+    assert torch.equal(scores.is_top1, exact["is_top1"])
+
+
+@pytest.mark.parametrize("gap", [20.0, 30.0, 60.0])
+@pytest.mark.parametrize("of_label", [True, False], ids=["label", "other"])
+def test_entropy_near_certainty(of_label, gap, isa):
+    """Where log Σ e^z − Σ p z in fp32 would be rounding errors alone. In the lanes of a maximum that is not the label's
+    the rest is lost to rounding, so that a little of the sum is missing."""
+    x = torch.randn(4, 5_003)
+    certain = torch.tensor([0, 17, 4_999, 5_002])
+    x[torch.arange(4), certain] = x.amax(-1) + gap
+    labels = certain if of_label else certain.flip(0)
+    entropy = BACKENDS["cpu"].score_chunk(x, labels, Scale(), False, ("entropy",)).entropy
+    exact = reference.outputs(x.double(), labels, ("entropy",))["entropy"]
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-5 if of_label else 1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])  # under which both maxima give the same z
+def test_first_argmax_wherever_the_maxima_are(softcap, isa):
+    places = [0, 1, 15, 16, 63, 64, 200, 4_100, 5_002]
+    pairs = torch.tensor([(label, other) for label in places for other in places])
+    scale = Scale(softcap=softcap)
+    for above in (0.0, 1.0):
+        x = torch.zeros(len(pairs), 5_003).scatter_(1, pairs[:, 1:], 50.0 + above).scatter_(1, pairs[:, :1], 50.0)
+        scores = BACKENDS["cpu"].score_chunk(x, pairs[:, 0].contiguous(), scale, False, ("is_top1",))
+        label, other = pairs.unbind(1)
+        assert torch.equal(scores.is_top1, label <= other if above == 0 else label == other)
+
+
+def test_rows_without_a_softmax(isa):
+    """A NaN, +inf, nothing but −inf: as the definition, except that a row without a softmax has no argmax."""
+    x = torch.randn(5, 300)
+    x[0, 200], x[1, 3], x[2, 9] = torch.nan, torch.nan, torch.inf
+    x[3:] = -torch.inf
+    labels = torch.tensor([5, 3, 9, 0, 1])
+    exact = reference.outputs(x, labels, OUTPUTS)
+    scores = BACKENDS["cpu"].score_chunk(x, labels, Scale(), True, OUTPUTS)
+    assert scores.logps[:3].isnan().all() and (scores.logps[3:] == -torch.inf).all()
+    torch.testing.assert_close(scores.entropy, exact["entropy"], equal_nan=True)
+    torch.testing.assert_close(scores.mean_logits, exact["mean_logits"], equal_nan=True)
+    assert scores.is_top1.tolist() == [False, False, False, True, False]
+    assert x[:3].isnan().all() and x[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_scored_chunk_has_the_bits_of_forward_and_backward(dtype, isa):
+    """Whatever by-products are taken along, and on any number of threads."""
+    x, labels = (t.repeat(9, *[1] * (t.dim() - 1)) for t in long_rows())
+    x = x.to(dtype)
+    staged = x.clone()
+    expected = Backend.score_chunk(BACKENDS["cpu"], staged, labels, Scale(), True, ())
+    first = None
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for outputs in ((), OUTPUTS):
+            gradient = x.clone()
+            scores = BACKENDS["cpu"].score_chunk(gradient, labels, Scale(), True, outputs)
+            assert torch.equal(scores.logps, expected.logps) and torch.equal(gradient, staged)
+        first = first or scores
+        assert all(torch.equal(getattr(scores, name), getattr(first, name)) for name in OUTPUTS)
+    torch.set_num_threads(2)
 
 
 def test_callers_on_many_python_threads():

@@ -47,6 +47,19 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
+      "score_chunk",
+      [](const kto::Rows& rows, const kto::Scale& scale, uintptr_t logps, uintptr_t entropy,
+         uintptr_t mean_logits, uintptr_t is_top1, uintptr_t gradient, int threads) {
+        kto::score_chunk(rows, scale,
+                         {pointer<float>(logps), pointer<float>(entropy),
+                          pointer<float>(mean_logits), pointer<bool>(is_top1)},
+                         pointer<void>(gradient), threads);
+      },
+      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("logps"), py::arg("entropy"),
+      py::arg("mean_logits"), py::arg("is_top1"), py::arg("gradient"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
       "sequence_logps",
       [](const kto::Rows& rows, uintptr_t logps, bool average, uintptr_t sums, uintptr_t counts) {
         kto::sequence_logps(rows, pointer<float>(logps), average, pointer<double>(sums),

@@ -116,6 +116,14 @@ void logits_backward(const Rows& rows, const Scale& scale, const Gradient& gradi
   });
 }
 
+void score_chunk(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+                 int threads) {
+  const Kernels& table = kernels();
+  parallel_rows(rows.n_rows, bytes_per_row(rows), threads, [&](int64_t begin, int64_t end) {
+    table.score(rows, scale, out, gradient, begin, end);
+  });
+}
+
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;

@@ -17,6 +17,7 @@ const Kernels& kernels();
 void token_logps_forward(const Rows&, const Scale&, const RowOutputs&, int threads);
 void logits_backward(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
                      const Output&, int threads);
+void score_chunk(const Rows&, const Scale&, const ScoreOutputs&, void* gradient, int threads);
 
 // Asks the system to back a large fresh buffer with huge pages: writing it first is otherwise
 // mostly page faults. A hint: no error where the system knows no such thing.

@@ -1,5 +1,6 @@
 // Forward and backward over the rows of a set of logits: one read forward, one read and one write
-// backward. Compiled once per instruction set, with KTO_ISA naming the table it fills.
+// backward; or both at once, one read and one write of memory. Compiled once per instruction set,
+// with KTO_ISA naming the table it fills.
 #include "kernels.h"
 
 #include "vector.h"
@@ -21,64 +22,121 @@ inline Floats unit(Floats x, const Scale& scale) {
   return x;
 }
 
-// A partial softmax in the making, over z = outer * u.
+// Sums within a block.
+struct Lanes {
+  Floats sums[kUnroll] = {};
+  Floats weighted = {}, total = {};  // by-products
+};
+
+// A partial softmax in the making, over z = outer * u; with its by-products or without.
+template <bool kByProducts>
 struct Running {
   const float outer;
   Partial<double> partial = {-INFINITY, 0.0};
   Floats reference = {};            // partial.reference, or 0 while that is -inf
   Floats limit = splat(-INFINITY);  // a u above it moves the reference
 
-  void raise(Floats u, Floats* sums) {
-    const double previous = partial.reference;
-    const float highest = reduce_max(u);
-    partial.reference = highest * outer;
-    reference = splat(highest * outer);
-    limit = splat(highest + kLag / outer);
-    const double factor = decay<double>(previous, partial.reference);
-    partial.sum *= factor;
-    for (int k = 0; k < kUnroll; ++k) sums[k] *= float(factor);
+  double weighted = 0.0;              // sum of exp(z - reference) (z - reference)
+  double total = 0.0;                 // sum of u
+  Floats highest = splat(-INFINITY);  // of the logits, since a softcap may tie them
+
+  void join(const Lanes& lanes) {
+    const Floats* sums = lanes.sums;
+    partial.sum += reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if constexpr (kByProducts) {
+      weighted += reduce_sum(lanes.weighted);
+      total += reduce_sum(lanes.total);
+    }
+  }
+
+  // Joins the lanes and returns fresh ones.
+  Lanes raise(Floats u, Lanes lanes) {
+    join(lanes);
+    const float highest_u = reduce_max(u);
+    const double raised = highest_u * outer;
+    if constexpr (kByProducts) weighted = weighted_at(raised, partial, weighted);
+    partial = {raised, partial.sum * decay(partial.reference, raised)};
+    reference = splat(float(raised));
+    limit = splat(highest_u + kLag / outer);
+    return {};
   }
 };
 
 // Adds x[0, n) to the running softmax, reading each logit once.
-template <class T, bool kSoftcap>
-void accumulate(const T* x, int64_t n, const Scale& scale, Running& running) {
+template <class T, bool kSoftcap, bool kByProducts>
+void accumulate(const T* x, int64_t n, const Scale& scale, Running<kByProducts>& running) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = n - start < kBlock ? n : start + kBlock;
-    Floats sums[kUnroll] = {};
+    Lanes lanes;
     int64_t v = start;
     for (; v + kStep <= end; v += kStep) {
       Floats u[kUnroll];
       for (int k = 0; k < kUnroll; k += 2) load2(x + v + k * kLanes, u[k], u[k + 1]);
+      if constexpr (kByProducts)
+        running.highest = max(running.highest, max(max(u[0], u[1]), max(u[2], u[3])));
       for (int k = 0; k < kUnroll; ++k) u[k] = unit<kSoftcap>(u[k], scale);
       const Floats maxima = max(max(u[0], u[1]), max(u[2], u[3]));
-      if (any(maxima > running.limit)) running.raise(maxima, sums);
-      for (int k = 0; k < kUnroll; ++k) sums[k] += exp(u[k] * running.outer - running.reference);
+      if (any(maxima > running.limit)) lanes = running.raise(maxima, lanes);
+      Floats weighted[kUnroll];
+      for (int k = 0; k < kUnroll; ++k) {
+        const Floats gap = u[k] * running.outer - running.reference;
+        const Floats e = exp(gap);
+        lanes.sums[k] += e;
+        weighted[k] = e * finite_exponent(gap);  // 0 for a gap of -inf
+      }
+      if constexpr (kByProducts) {
+        lanes.weighted += (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+        lanes.total += (u[0] + u[1]) + (u[2] + u[3]);
+      }
     }
     for (; v < end; v += kLanes) {
       const int64_t count = end - v < kLanes ? end - v : kLanes;
-      Floats u = unit<kSoftcap>(load_tail(x + v, count), scale);
+      const Floats x_v = load_tail(x + v, count);
+      Floats u = unit<kSoftcap>(x_v, scale);
+      if constexpr (kByProducts) {
+        running.highest = max(running.highest, x_v);
+        for (int64_t k = 0; k < count; ++k) running.total += u[k];
+      }
       for (int64_t k = count; k < kLanes; ++k) u[k] = -INFINITY;  // a softcap made them finite
-      if (any(u > running.limit)) running.raise(u, sums);
-      sums[0] += exp(u * running.outer - running.reference);
+      if (any(u > running.limit)) lanes = running.raise(u, lanes);
+      const Floats gap = u * running.outer - running.reference;
+      const Floats e = exp(gap);
+      lanes.sums[0] += e;
+      if constexpr (kByProducts) lanes.weighted += e * finite_exponent(gap);
     }
-    running.partial.sum += reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    running.join(lanes);
   }
 }
 
-template <class T, bool kSoftcap>
-void forward_row(const T* x, int64_t label, const Rows& rows, const Scale& scale,
-                 const RowOutputs& out, int64_t n) {
-  Running running{scale.outer};
+struct RowScores {
+  float logp, reference, sum;
+  float entropy, mean_logits;  // by-products, like the next
+  bool is_top1;
+};
+
+template <class T, bool kSoftcap, bool kByProducts>
+RowScores score_row(const T* x, int64_t vocab, int64_t label, const Scale& scale) {
+  Running<kByProducts> running{scale.outer};
   accumulate<T, kSoftcap>(x, label, scale, running);
-  accumulate<T, kSoftcap>(x + label + 1, rows.vocab - label - 1, scale, running);
-  const double y = double(unit<kSoftcap>(splat(load_one(x + label)), scale)[0]) * scale.outer;
-  out.logps[n] = float(label_logp(running.partial, y));
+  const float before = reduce_max(running.highest);
+  accumulate<T, kSoftcap>(x + label + 1, vocab - label - 1, scale, running);
+  const Floats x_y = splat(load_one(x + label));
+  const double u = unit<kSoftcap>(x_y, scale)[0], y = u * scale.outer;
   // The reference must be an fp32 number for the backward, and at least the label's.
   const double label_reference = float(y);
-  const Partial<double> all = merge(running.partial, {label_reference, decay(y, label_reference)});
-  out.reference[n] = float(all.reference);
-  out.sum[n] = float(all.sum);
+  const Partial<double> others = running.partial,
+                        all = merge(others, {label_reference, decay(y, label_reference)});
+  RowScores scores{float(label_logp(others, y)), float(all.reference), float(all.sum), 0, 0, false};
+  if constexpr (kByProducts) {
+    const double weighted = weighted_at(all.reference, others, running.weighted) +
+                            weighted_at(all.reference, {y, 1.0}, 0.0);
+    scores.entropy = float(entropy(all.sum, weighted));
+    scores.mean_logits = float((running.total + u) * scale.outer / double(vocab));
+    // A row whose softmax is NaN has no argmax.
+    scores.is_top1 =
+        !isnan(all.sum) && (label == 0 || before < x_y[0]) && reduce_max(running.highest) <= x_y[0];
+  }
+  return scores;
 }
 
 template <class T, bool kSoftcap>
@@ -90,8 +148,11 @@ void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_
       out.logps[n] = out.reference[n] = out.sum[n] = 0;
       continue;
     }
-    forward_row<T, kSoftcap>(static_cast<const T*>(rows.logits) + logits_offset(rows, n), label,
-                             rows, scale, out, n);
+    const T* x = static_cast<const T*>(rows.logits) + logits_offset(rows, n);
+    const RowScores scores = score_row<T, kSoftcap, false>(x, rows.vocab, label, scale);
+    out.logps[n] = scores.logp;
+    out.reference[n] = scores.reference;
+    out.sum[n] = scores.sum;
   }
 }
 
@@ -148,6 +209,23 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
   }
 }
 
+template <class T, bool kSoftcap, bool kByProducts>
+void score(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+           int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t label = label_of(rows, n), offset = logits_offset(rows, n);
+    const T* x = static_cast<const T*>(rows.logits) + offset;
+    const RowScores scores = score_row<T, kSoftcap, kByProducts>(x, rows.vocab, label, scale);
+    out.logps[n] = scores.logp;
+    if (out.entropy != nullptr) out.entropy[n] = scores.entropy;
+    if (out.mean_logits != nullptr) out.mean_logits[n] = scores.mean_logits;
+    if (out.is_top1 != nullptr) out.is_top1[n] = scores.is_top1;
+    if (gradient != nullptr)
+      backward_row<T, kSoftcap>(x, static_cast<T*>(gradient) + offset, rows.vocab, label, 1.0f,
+                                scores.logp, scores.reference, scores.sum, scale);
+  }
+}
+
 // Calls body with a value of the logits' type and the softcap as a compile-time constant.
 template <class Body>
 void dispatch(DType dtype, bool softcap, Body&& body) {
@@ -181,6 +259,16 @@ void backward_any(const Rows& rows, const Scale& scale, const Gradient& gradient
   });
 }
 
+void score_any(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+               int64_t begin, int64_t end) {
+  dispatch(rows.dtype, scale.softcap, [&]<class T, bool kSoftcap>() {
+    if (out.entropy != nullptr || out.mean_logits != nullptr || out.is_top1 != nullptr)
+      score<T, kSoftcap, true>(rows, scale, out, gradient, begin, end);
+    else
+      score<T, kSoftcap, false>(rows, scale, out, gradient, begin, end);
+  });
+}
+
 }  // namespace
 
 #define KTO_PASTE(a, b) a##b
@@ -188,6 +276,6 @@ void backward_any(const Rows& rows, const Scale& scale, const Gradient& gradient
 #define KTO_STRING(isa) #isa
 #define KTO_NAME(isa) KTO_STRING(isa)
 
-extern const Kernels KTO_TABLE(KTO_ISA) = {KTO_NAME(KTO_ISA), forward_any, backward_any};
+extern const Kernels KTO_TABLE(KTO_ISA) = {KTO_NAME(KTO_ISA), forward_any, backward_any, score_any};
 
 }  // namespace kto

@@ -13,6 +13,14 @@ struct RowOutputs {
   float* sum;
 };
 
+// Per-row outputs of the scoring pass; of the by-products, null where one is not asked for.
+struct ScoreOutputs {
+  float* logps;
+  float* entropy;
+  float* mean_logits;
+  bool* is_top1;  // whether the label is the first argmax
+};
+
 struct RowStatistics {
   const float* logps;
   const float* reference;
@@ -30,6 +38,9 @@ struct Kernels {
   void (*forward)(const Rows&, const Scale&, const RowOutputs&, int64_t begin, int64_t end);
   void (*backward)(const Rows&, const Scale&, const Gradient&, const RowStatistics&, const Output&,
                    int64_t begin, int64_t end);
+  // Both passes over a row while it is in the core's cache; gradient is null or the logits.
+  void (*score)(const Rows&, const Scale&, const ScoreOutputs&, void* gradient, int64_t begin,
+                int64_t end);
 };
 
 extern const Kernels kKernels_baseline;

@@ -9,7 +9,8 @@
 #if defined(__AVX512F__) || defined(__F16C__)
 #if !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // its own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // its own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 #if !defined(__clang__)
@@ -204,10 +205,12 @@ inline Reduced reduce(Floats x) {
   return {p, n};
 }
 
+// x, or a finite number where x is -inf or so low that exp(x) is 0 all the same; NaN stays NaN.
+inline Floats finite_exponent(Floats x) { return x < -104.0f ? splat(-104.0f) : x; }
+
 // exp(x) for x < 88, subnormal results included; NaN stays NaN.
 inline Floats exp(Floats x) {
-  x = x < -104.0f ? splat(-104.0f) : x;  // exp(-104) rounds to 0
-  const Reduced e = reduce(x);
+  const Reduced e = reduce(finite_exponent(x));
 #if defined(__AVX512F__)
   return (Floats)_mm512_scalef_ps((__m512)(e.expm1 + 1.0f), (__m512)e.n);
 #else

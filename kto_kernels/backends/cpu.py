@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..rows import Scale, StageResult, strides
+from ..rows import OUTPUTS, ChunkScores, Rows, Scale, StageResult, strides
 from .base import StagedBackend
 from .native import REDUCTION, native_rows, pointer
 
@@ -61,6 +61,21 @@ class CpuBackend(StagedBackend):
             threads=torch.get_num_threads(),
         )
         return logps, statistics
+
+    def score_chunk(self, logits, labels, scale, gradient, outputs):
+        dtypes = {"entropy": torch.float32, "mean_logits": torch.float32, "is_top1": torch.bool}
+        scores = {name: torch.empty(labels.shape, dtype=dtypes[name]) for name in outputs}
+        logps = torch.empty(labels.shape, dtype=torch.float32)
+        native, _keep = native_rows(_cpu, Rows(logits, labels, None, shift=False, ignore_index=-1))
+        _cpu.score_chunk(
+            rows=native,
+            scale=_scale(scale),
+            logps=pointer(logps),
+            **{name: pointer(scores.get(name)) for name in OUTPUTS},
+            gradient=pointer(logits if gradient else None),
+            threads=torch.get_num_threads(),
+        )
+        return ChunkScores(logps, **scores)
 
     def sequence_logps(self, rows, logps, average):
         sums = torch.empty(rows.n_sequences, dtype=torch.float64)
