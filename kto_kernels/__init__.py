@@ -2,24 +2,24 @@
 
 from ._version import __version__
 from .backends import available_backends
-from .loss import (
-    KTOOutput,
-    kl_reference_point,
-    kto_loss,
-    kto_loss_from_logps,
-    sequence_logps,
-    token_logps,
-)
-from .modules import KTOLoss
+from .loss import kto_loss, linear_kto_loss
+from .modules import KTOLoss, LinearKTOLoss
+from .output import KTOOutput
+from .plan import LinearPlan
+from .stages import kl_reference_point, kto_loss_from_logps, linear_token_logps, sequence_logps, token_logps
 
 __all__ = [
     "KTOLoss",
     "KTOOutput",
+    "LinearKTOLoss",
+    "LinearPlan",
     "__version__",
     "available_backends",
     "kl_reference_point",
     "kto_loss",
     "kto_loss_from_logps",
+    "linear_kto_loss",
+    "linear_token_logps",
     "sequence_logps",
     "token_logps",
 ]

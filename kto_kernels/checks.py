@@ -84,18 +84,86 @@ def rows(
     labels and offsets; without `packed`, two-dimensional logits are one sequence and need no offsets."""
     vocabulary(name, logits, like)
     tensor(f"{prefix}labels", labels, INTEGERS, like=logits)
-    shape(f"{prefix}labels", labels, tuple(logits.shape[:-1]), f"{name} without the vocabulary")
-    if logits.dim() == 3:
+    return _layout(logits, labels, cu_seqlens, prefix, name, "V", packed)
+
+
+def _layout(
+    values: Tensor, labels: Tensor, cu_seqlens: Tensor | None, prefix: str, name: str, last: str, packed: bool
+) -> int:
+    """The number of sequences in padded (B, T, last) or packed (N, last) values."""
+    shape(f"{prefix}labels", labels, tuple(values.shape[:-1]), f"{name} without its last dimension")
+    if values.dim() == 3:
         if cu_seqlens is not None:
             raise ValueError(
-                f"{prefix}cu_seqlens: goes with packed (N, V) {name}, got {name} of shape {_shape(logits)}"
+                f"{prefix}cu_seqlens: goes with packed (N, {last}) {name}, got {name} of shape {_shape(values)}"
             )
-        return logits.shape[0]
+        return values.shape[0]
     if not packed:
         return 1
     if cu_seqlens is None:
-        raise ValueError(f"{name}: expected (B, T, V), or (N, V) with {prefix}cu_seqlens; got shape {_shape(logits)}")
-    return offsets(f"{prefix}cu_seqlens", cu_seqlens, logits)
+        raise ValueError(
+            f"{name}: expected (B, T, {last}), or (N, {last}) with {prefix}cu_seqlens; got shape {_shape(values)}"
+        )
+    return offsets(f"{prefix}cu_seqlens", cu_seqlens, values)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", name: str = "hidden") -> None:
+    """A head (V, H) with its bias (V,), and the hidden states called `name` that it projects."""
+    tensor(name, hidden, FLOATS)
+    tensor(f"{prefix}weight", weight, FLOATS, like=hidden)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight: expected (V, H) with V >= 1, got shape {_shape(weight)}")
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected (B, T, H) or packed (N, H), got shape {_shape(hidden)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: expected {weight.shape[1]} features as {prefix}weight of shape {_shape(weight)}, "
+            f"got shape {_shape(hidden)}"
+        )
+    if bias is not None:
+        tensor(f"{prefix}bias", bias, FLOATS, like=hidden)
+        shape(f"{prefix}bias", bias, weight.shape[:1], "one per token of the vocabulary")
+
+
+def reference_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor) -> None:
+    """The reference's head, of the policy's vocabulary; its hidden states may have another width."""
+    head(hidden, weight, bias, "ref_", name)
+    if weight.shape[0] != policy.shape[0]:
+        raise ValueError(f"ref_weight: expected a vocabulary of {policy.shape[0]} as weight, got {weight.shape[0]}")
+    if hidden.device != policy.device:
+        raise ValueError(f"{name}: expected device {policy.device} as weight, got {hidden.device}")
+
+
+def hidden_rows(
+    hidden: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    prefix: str = "",
+    name: str = "hidden",
+    *,
+    packed: bool = True,
+) -> int:
+    """Hidden states called `name` with the labels that score them, as `rows` for logits."""
+    tensor(f"{prefix}labels", labels, INTEGERS, like=hidden)
+    return _layout(hidden, labels, cu_seqlens, prefix, name, "H", packed)
+
+
+def head_scale(logit_scale: object, softcap: object, max_logits_bytes: object) -> None:
+    number("logit_scale", logit_scale, positive=True)
+    if softcap is not None:
+        number("softcap", softcap, positive=True)
+    if max_logits_bytes is not None:
+        integer("max_logits_bytes", max_logits_bytes)
+        if max_logits_bytes <= 0:
+            raise ValueError(f"max_logits_bytes: expected a number of bytes > 0 or None, got {max_logits_bytes}")
+
+
+def outputs(value: object, choices: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (tuple, list)):
+        raise TypeError(f"outputs: expected a tuple of names out of {', '.join(map(repr, choices))}, got {value!r}")
+    for name in value:
+        choice("outputs", name, choices)
+    return tuple(name for name in choices if name in value)
 
 
 def offsets(name: str, cu_seqlens: Tensor, like: Tensor) -> int:
@@ -200,18 +268,21 @@ def in_place(logits: Tensor) -> None:
 def check_values(rows: Rows, prefix: str = "") -> None:
     """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N. CPU tensors only; on a
     GPU looking would wait for the device."""
-    if rows.labels.device.type != "cpu":
+    label_values(rows.labels, rows.vocab, rows.ignore_index, prefix)
+    if rows.cu_seqlens is not None:
+        offset_values(f"{prefix}cu_seqlens", rows.cu_seqlens, rows.n_rows)
+
+
+def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = "") -> None:
+    if labels.device.type != "cpu":
         return
-    labels, cu_seqlens = rows.labels, rows.cu_seqlens
-    outside = (labels != rows.ignore_index) & ((labels < 0) | (labels >= rows.vocab))
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if outside.any():
         where = tuple(outside.nonzero()[0].tolist())
         raise ValueError(
-            f"{prefix}labels: expected 0 <= label < {rows.vocab} or ignore_index={rows.ignore_index}, "
+            f"{prefix}labels: expected 0 <= label < {vocab} or ignore_index={ignore_index}, "
             f"got {labels[where].item()} at {where}"
         )
-    if cu_seqlens is not None:
-        offset_values(f"{prefix}cu_seqlens", cu_seqlens, rows.n_rows)
 
 
 def offset_values(name: str, cu_seqlens: Tensor, n_rows: int) -> None:

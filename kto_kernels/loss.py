@@ -1,76 +1,23 @@
-"""START HERE. The public functions, in the order in which data flows:
+"""START HERE. The losses, from logits and from hidden states; both run the five stages, in the order in which data flows:
 
     token_logps → sequence_logps → kl_reference_point → value → loss
 
-`kto_loss` runs all five from logits, in one operator. The stages on their own meet every other library at the seam
-behind `token_logps`. The formulas are in `kto_kernels.reference`; the operators behind these functions in
-`kto_kernels.ops`.
+The formulas are in `kto_kernels.reference`, the stages on their own in `kto_kernels.stages`, the operators behind these
+functions in `kto_kernels.ops` (from logits) and `kto_kernels.linear_ops` (from hidden states).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
-
-LOSS_TYPES = ("kto", "apo_zero_unpaired")
-REDUCTIONS = ("mean", "sum", "none")
-
-
-@dataclass(frozen=True)
-class KTOOutput:
-    """What a loss returns. Everything but `loss` is detached.
-
-    Attributes:
-        loss: () for `reduction="mean"` and `"sum"`, (B,) for `"none"`; fp32 (fp64 for fp64 logits).
-        logps: (B,) fp64, policy log-probability of each sequence in nats (per token with `average_log_prob`).
-        ref_logps: (B,) fp64, the reference's; zeros when reference-free.
-        rewards: (B,) `β · (logps − ref_logps)`.
-        kl: () the reference point z0 in nats, at least 0.
-        desirable: (B,) bool, as given.
-        entropy: mean entropy of the scored tokens' distributions, where asked for.
-        mean_logits: mean logit of the scored tokens, where asked for.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    ref_logps: Tensor
-    rewards: Tensor
-    kl: Tensor
-    desirable: Tensor
-    entropy: Tensor | None = None
-    mean_logits: Tensor | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Plain floats under TRL's names: `loss` (the mean over sequences under `"none"`), `kl`, and for each class
-        that the batch holds `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`; `rewards/margins`
-        where both are there. A class without a sequence has no entry, never a NaN. Waits for the device once."""
-        classes = {"chosen": self.desirable, "rejected": ~self.desirable}
-        columns = {"rewards": self.rewards.double(), "logps": self.logps.double()}
-        zero = torch.zeros((), dtype=torch.float64, device=self.logps.device)
-        named = {"loss": reference.reduce(self.loss.detach().double().flatten(), "mean"), "kl": self.kl.double()}
-        for side, mask in classes.items():
-            named[side] = mask.sum().double()
-            for column, values in columns.items():
-                named[f"{column}/{side}"] = torch.where(mask, values, zero).sum() / named[side]
-        for name in ("entropy", "mean_logits"):
-            if getattr(self, name) is not None:
-                named[name] = getattr(self, name).double()
-        metrics = dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
-        present = [side for side in classes if metrics.pop(side) > 0]
-        for side in set(classes) - set(present):
-            for column in columns:
-                del metrics[f"{column}/{side}"]
-        if len(present) == 2:
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        return metrics
-
-
-# From logits, in one operator ─────────────────────────────────────────────────────────────────────────────────────────
+from . import checks, linear_ops, ops, reference
+from .output import KTOOutput
+from .plan import LONG_SEQUENCES
+from .rows import OUTPUTS
+from .stages import gemm_dtype, linear_scores, loss_options, loss_output, reference_point
 
 
 def kto_loss(
@@ -143,7 +90,7 @@ def kto_loss(
     """
     checks.scoring(shift, ignore_index, temperature, backend)
     count = checks.rows(logits, labels, cu_seqlens)
-    scalars = _loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
+    scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
     checks.flag("average_log_prob", average_log_prob)
     checks.flag("inplace_backward", inplace_backward)
     if inplace_backward:
@@ -206,170 +153,175 @@ def kto_loss(
     return KTOOutput(loss=loss, logps=logps, ref_logps=ref, rewards=rewards, kl=z0, desirable=desirable)
 
 
-def _loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group):
-    """Checks the options of the stages after the seam; returns β, λ_D, λ_U as floats."""
-    checks.choice("loss_type", loss_type, LOSS_TYPES)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    _no_process_group(process_group)
-    return (
-        checks.number("beta", beta, positive=True),
-        checks.number("desirable_weight", desirable_weight, positive=False),
-        checks.number("undesirable_weight", undesirable_weight, positive=False),
-    )
-
-
-def _no_process_group(process_group: Any) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: reducing the KL estimate over ranks is not supported yet; all-reduce the sum and count of "
-            "the mismatched completions' log-ratios yourself and pass kl=max(0, sum / count)"
-        )
-
-
-# The stages on their own ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def token_logps(
-    logits: Tensor,  # (B, T, V) or (N, V)
+def linear_kto_loss(
+    hidden: Tensor,  # (B, T, H) or (N, H)
+    weight: Tensor,  # (V, H)
     labels: Tensor,  # (B, T) or (N,)
-    *,
-    shift: bool = False,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """Stage 1, the seam: `ℓ_n = log softmax(logits_n / temperature)[label_n]`, differentiable, in nats.
-
-    Args: as for `kto_loss`; (N, V) logits are one sequence.
-
-    Returns:
-        Labels-shaped, fp32 (fp64 for fp64 logits); 0 at ignored positions, and with `shift` at the last one. A label
-        whose logit is −inf gives −inf.
-
-    Raises: as `kto_loss`.
-    """
-    checks.scoring(shift, ignore_index, temperature, backend)
-    checks.rows(logits, labels, None, packed=False)
-    checks.flag("inplace_backward", inplace_backward)
-    if inplace_backward:
-        checks.in_place(logits)
-    logps, _ = ops.token_logps(
-        logits, labels, None, shift, ignore_index, 1.0, None, float(temperature), inplace_backward, backend
-    )
-    return logps
-
-
-def sequence_logps(
-    logps: Tensor,  # (B, T) or (N,)
-    *,
-    labels: Tensor | None = None,  # like logps
-    cu_seqlens: Tensor | None = None,  # (B + 1,)
-    average_log_prob: bool = False,
-    ignore_index: int = -100,
-    shift: bool = False,
-) -> Tensor:
-    """Stage 2: the sum over each sequence of its token log-probabilities, or their mean over scored tokens.
-
-    Args:
-        logps: (B, T), or packed (N,) with `cu_seqlens`; floating, 0 where nothing is scored (as `token_logps` gives).
-        labels: needed for `average_log_prob`, which counts the labels that are not `ignore_index` (and, with `shift`,
-            are some position's next).
-
-    Returns:
-        (B,) fp64, differentiable: long sequences lose digits in fp32 that the difference to the reference needs.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-    """
-    checks.tensor("logps", logps, checks.FLOATS)
-    checks.flag("average_log_prob", average_log_prob)
-    checks.flag("shift", shift)
-    checks.integer("ignore_index", ignore_index)
-    if logps.dim() != (2 if cu_seqlens is None else 1):
-        raise ValueError(f"logps: expected (B, T), or (N,) with cu_seqlens; got shape {tuple(logps.shape)}")
-    if cu_seqlens is not None:
-        checks.offsets("cu_seqlens", cu_seqlens, logps)
-        checks.offset_values("cu_seqlens", cu_seqlens, logps.shape[0])
-    scored = None
-    if labels is not None:
-        checks.tensor("labels", labels, checks.INTEGERS, logps)
-        checks.shape("labels", labels, tuple(logps.shape), "as logps")
-    if average_log_prob:
-        if labels is None:
-            raise ValueError("labels: needed with average_log_prob=True, to count the scored tokens")
-        scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
-    return reference.sequence_logps(logps, scored, cu_seqlens)
-
-
-def kl_reference_point(
-    kl_logps: Tensor,  # (K,)
-    ref_kl_logps: Tensor | None = None,  # (K,)
-    *,
-    process_group: Any = None,
-) -> Tensor:
-    """Stage 3: `z0 = max(0, mean_j(S^π_j − S^ref_j))` over mismatched completions, in nats; () fp64, no gradient.
-
-    Without `ref_kl_logps` the reference counts as 0. An empty batch gives 0.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        NotImplementedError: `process_group` is given.
-    """
-    _no_process_group(process_group)
-    checks.tensor("kl_logps", kl_logps, checks.FLOATS)
-    checks.kl_pair(kl_logps, ref_kl_logps, None, kl_logps)
-    return reference.kl_reference_point(kl_logps, ref_kl_logps)
-
-
-def kto_loss_from_logps(
-    logps: Tensor,  # (B,)
     desirable: Tensor,  # (B,) bool
     *,
+    bias: Tensor | None = None,  # (V,)
+    ref_hidden: Tensor | None = None,  # (B, T, H') or (N, H')
+    ref_weight: Tensor | None = None,  # (V, H')
+    ref_bias: Tensor | None = None,  # (V,)
     ref_logps: Tensor | None = None,  # (B,)
     kl: Tensor | float | None = None,  # ()
     kl_logps: Tensor | None = None,  # (K,)
     ref_kl_logps: Tensor | None = None,  # (K,)
+    kl_hidden: Tensor | None = None,  # (K, T', H) or (N', H)
+    ref_kl_hidden: Tensor | None = None,  # (K, T', H') or (N', H')
+    kl_labels: Tensor | None = None,  # (K, T') or (N',)
+    kl_cu_seqlens: Tensor | None = None,  # (K + 1,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    max_logits_bytes: int | None = None,
+    long_sequences: str = "auto",
+    outputs: tuple[str, ...] = (),
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     loss_type: str = "kto",
+    average_log_prob: bool = False,
     reduction: str = "mean",
+    ignore_index: int = -100,
+    shift: bool = False,
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
     process_group: Any = None,
+    backend: str = "auto",
 ) -> KTOOutput:
-    """Stages 3 to 5: the loss from sequence log-probabilities, in plain PyTorch, differentiable in `logps`.
+    """`kto_loss(hidden @ weight.T + bias, labels, desirable)`, never holding more than `max_logits_bytes` of logits.
 
-    Args and errors as for `kto_loss`; `logps` is (B,) floating, and the loss has its dtype (at least fp32).
+    Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G
+    (1G the logits, 1G each gradient), 2G with a frozen head, 1G without gradients; reference and KL cost 1G each. The
+    gradients are formed in the forward, where the logits are, and only those that something requires.
+    `kto_kernels.plan.LinearPlan.of` says how a shape is cut and what it takes.
+
+    Args:
+        hidden: (B, T, H), or packed (N, H) with `cu_seqlens`: the inputs of the head; bf16, fp16, fp32 (fp64: backend
+            "torch"), any strides: `hidden[:, :-1]` costs no copy.
+        weight, bias: the head, (V, H) and (V,). Where their dtype is not that of `hidden`, both are raised to the wider
+            one for the GEMMs; under autocast both take its dtype. dW is summed in fp32.
+        labels, desirable, ignore_index, shift, cu_seqlens: as for `kto_loss`.
+        ref_hidden: the frozen reference's hidden states for the same labels, with
+        ref_weight, ref_bias: its head, of the same vocabulary; the policy's own tensors, where they share it; or
+        ref_logps: its sequence log-probabilities (B,), computed once. Neither: reference-free, `S^ref = 0`.
+        kl: the KL estimate, one number or 0-d tensor (negative values count as 0); or
+        kl_logps, ref_kl_logps: sequence log-probabilities (K,) of mismatched completions; or
+        kl_hidden, ref_kl_hidden, kl_labels, kl_cu_seqlens: their hidden states and labels, laid out as `hidden` is.
+            Policy and reference may mix the two forms. With a reference the KL needs one too; without, it must have none.
+        logit_scale, softcap, temperature: `z = softcap·tanh(logits·logit_scale/softcap)/temperature`, each > 0.
+        max_logits_bytes: the most bytes of logits at once; by default what suits the device, see `LinearPlan`.
+        long_sequences: a sequence whose logits exceed that is exact too: "defer" takes a second fp32 gradient of the
+            head while it is open, "recompute" another GEMM for all of its chunks but the last; "auto" the faster one.
+        outputs: out of "entropy", "mean_logits", "is_top1": of every scored token, without gradient.
+        beta, desirable_weight, undesirable_weight, loss_type, average_log_prob, reduction: as for `kto_loss`. Under
+            `reduction="none"` a trained head's logits are computed once more in the backward (4G).
+        process_group: not supported yet.
+        backend: "auto", or a name out of `available_backends()`: what scores the chunks. The GEMMs are PyTorch's.
+
+    Returns:
+        KTOOutput.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or `max_logits_bytes` holds not one row of logits; the
+            message names it. Labels and offsets on a GPU are not looked at.
+        RuntimeError: the backend named is not available; or, in backward, the gradient is differentiated again, or
+            asked for a second time (the first backward hands it over).
+        NotImplementedError: `process_group` is given.
+
+    On a GPU the forward waits for the device once for each set of hidden states: how many tokens are scored decides
+    shapes. The backward does not wait.
     """
-    checks.tensor("logps", logps, checks.FLOATS)
-    if logps.dim() != 1:
-        raise ValueError(f"logps: expected shape (B,), got {tuple(logps.shape)}")
-    beta, *weights = _loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
-    checks.desirable(desirable, logps.shape[0], logps)
+    checks.scoring(shift, ignore_index, temperature, backend)
+    checks.head_scale(logit_scale, softcap, max_logits_bytes)
+    checks.choice("long_sequences", long_sequences, LONG_SEQUENCES)
+    outputs = checks.outputs(outputs, OUTPUTS)
+    checks.head(hidden, weight, bias)
+    count = checks.hidden_rows(hidden, labels, cu_seqlens)
+    beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
+    checks.flag("average_log_prob", average_log_prob)
+    checks.desirable(desirable, count, hidden)
+
+    if ref_hidden is not None and ref_logps is not None:
+        raise ValueError("ref_hidden, ref_logps: expected one of them or neither (reference-free), got both")
     if ref_logps is not None:
-        checks.sequences("ref_logps", ref_logps, logps.shape[0], "one per sequence", logps)
-    checks.kl_pair(kl_logps, ref_kl_logps, None, logps)
+        checks.sequences("ref_logps", ref_logps, count, "one per sequence", hidden)
+    if (ref_hidden is None and ref_kl_hidden is None) != (ref_weight is None):
+        raise ValueError(
+            "ref_weight: goes with ref_hidden or ref_kl_hidden, and they with it; where the reference shares the "
+            "policy's head, pass ref_weight=weight"
+        )
+    if ref_weight is None and ref_bias is not None:
+        raise ValueError("ref_bias: goes with ref_weight, got none")
+    if ref_hidden is not None:
+        checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight)
+        checks.shape("labels", labels, tuple(ref_hidden.shape[:-1]), "ref_hidden without its last dimension")
+    kl_count = None
+    if kl_hidden is None and ref_kl_hidden is None and (kl_labels is not None or kl_cu_seqlens is not None):
+        raise ValueError("kl_labels, kl_cu_seqlens: go with kl_hidden or ref_kl_hidden, got neither")
+    for name, side, logps in (("kl", kl_hidden, kl_logps), ("ref_kl", ref_kl_hidden, ref_kl_logps)):
+        if side is None:
+            continue
+        if logps is not None:
+            raise ValueError(f"{name}_hidden, {name}_logps: expected one of them, got both")
+        if kl_labels is None:
+            raise ValueError(f"kl_labels: needed with {name}_hidden")
+        if name == "kl":
+            checks.head(side, weight, bias, name="kl_hidden")
+        else:
+            checks.reference_head(side, ref_weight, ref_bias, "ref_kl_hidden", weight)
+        kl_count = checks.hidden_rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_hidden")
+    checks.kl_pair(kl_logps, ref_kl_logps, kl_count, hidden)
     checks.kl_source(
         loss_type,
         kl,
-        logps,
-        has_reference=ref_logps is not None,
-        has_kl=kl_logps is not None,
-        has_ref_kl=ref_kl_logps is not None,
+        hidden,
+        has_reference=ref_hidden is not None or ref_logps is not None,
+        has_kl=kl_hidden is not None or kl_logps is not None,
+        has_ref_kl=ref_kl_hidden is not None or ref_kl_logps is not None,
     )
-    if kl_logps is not None:
-        z0 = reference.kl_reference_point(kl_logps, ref_kl_logps)
+
+    scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+    def sequence_sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+        return reference.sequence_logps(token_logps, scored if average_log_prob else None, cu_seqlens)
+
+    def forward_only(hidden, weight, bias, labels, cu_seqlens, prefix: str = "") -> Tensor | None:
+        if hidden is None:
+            return None
+        with torch.no_grad():
+            logps, *_ = linear_scores(
+                hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, (), backend, prefix
+            )
+            return sequence_sums(logps, labels, cu_seqlens)
+
+    # What the policy's coefficients need comes first.
+    if ref_hidden is not None:
+        ref_logps = forward_only(ref_hidden, ref_weight, ref_bias, labels, cu_seqlens)
+    if kl_hidden is not None:
+        kl_logps = forward_only(kl_hidden, weight, bias, kl_labels, kl_cu_seqlens, "kl_")
+    if ref_kl_hidden is not None:
+        ref_kl_logps = forward_only(ref_kl_hidden, ref_weight, ref_bias, kl_labels, kl_cu_seqlens, "kl_")
+    z0 = reference_point(kl, kl_logps, ref_kl_logps, hidden.device)
+
+    dtype = gemm_dtype(hidden, weight)
+    grad = torch.is_grad_enabled()
+    trains = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    loss = None
+    if any(trains[1:]) and reduction != "none":
+        loss, logps, _, *extra, _, _, _ = linear_ops.linear_kto(
+            hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
+            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, backend
+        )  # fmt: skip
     else:
-        z0 = torch.as_tensor(0.0 if kl is None else kl, dtype=torch.float64, device=logps.device).detach().clamp(min=0)
-    dtype = reference.compute_dtype(logps.dtype)
-    r = reference.log_ratio(logps, ref_logps)
-    losses = reference.loss(r, z0, desirable, beta, tuple(weights))
-    detached = logps.detach().double()
-    return KTOOutput(
-        loss=reference.reduce(losses, reduction).to(dtype),
-        logps=detached,
-        ref_logps=torch.zeros_like(detached) if ref_logps is None else ref_logps.detach().double(),
-        rewards=(beta * r.detach()).to(dtype),
-        kl=z0.to(dtype),
-        desirable=desirable,
-    )
+        token_logps, *extra = linear_scores(
+            hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend
+        )
+        logps = sequence_sums(token_logps, labels, cu_seqlens)
+    more = {name: values for name, values in zip(OUTPUTS, extra) if name in outputs}
+    if outputs:
+        more["scored"] = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+        more["cu_seqlens"] = cu_seqlens
+    float_dtype = reference.compute_dtype(dtype)
+    return loss_output(logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, float_dtype, loss, **more)

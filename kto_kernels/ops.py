@@ -238,7 +238,7 @@ def _logits_grad(ctx, grad: Optional[Tensor]) -> Optional[Tensor]:
     return logits.detach()
 
 
-def _twice(ctx, *grads):
+def twice(ctx, *grads):
     raise RuntimeError(
         "kto_kernels: differentiating twice is not supported; the stages of kto_kernels.reference are plain PyTorch and allow it"
     )
@@ -246,4 +246,4 @@ def _twice(ctx, *grads):
 
 register_autograd(token_logps, _token_logps_backward, setup_context=_token_logps_context)
 register_autograd(kto_forward, _kto_backward, setup_context=_kto_context)
-register_autograd(logits_backward, _twice)
+register_autograd(logits_backward, twice)

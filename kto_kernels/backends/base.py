@@ -19,6 +19,10 @@ class Backend(ABC):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on tensors of `device`; None where it can."""
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A large buffer, not initialised."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
     def new_gradient(self, logits: Tensor) -> Tensor:
         """A buffer for the gradient of `logits`, contiguous and not initialised."""
         return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -1,0 +1,303 @@
+"""The walk from hidden states over the chunks of a plan: one GEMM fills a chunk with logits, one pass scores it and
+turns it into `1[v = y] − p` in place, two GEMMs make gradients of it. Algorithm: `kto_kernels.plan`.
+
+Everything here is exact and runs outside autograd; the operators around it are in `kto_kernels.linear_ops`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends.base import Backend
+from .plan import Chunk, LinearPlan, Task
+from .rows import LossOptions, Scale
+
+# Rows of dW at a time where a product must be rounded to 16 bits before it is added: its tile stays in the cache.
+_TILE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The rows of the hidden states that a label scores, in their order; prompts and padding are left out here."""
+
+    hidden: Tensor  # (B, T, H) or (N, H), any strides
+    positions: Tensor  # (S,) int64, row numbers in B·T or N
+    labels: Tensor  # (S,) int64
+    lengths: list[int]  # of each sequence
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
+    ) -> ScoredRows:
+        """Waits for the device once: how many rows there are decides shapes."""
+        target = reference.targets(labels, shift, ignore_index, cu_seqlens)
+        scored = target != ignore_index
+        if labels.dim() == 1 and cu_seqlens is None:
+            counts = scored.sum().view(1)
+        else:
+            counts = reference.per_sequence(scored, cu_seqlens)
+        lengths = counts.long().tolist()
+        # The count is known now, so that nothing waits again.
+        positions = scored.flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
+        return cls(hidden, positions, target.flatten()[positions].long(), lengths)
+
+    def take(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:  # (C, H)
+        rows = self.positions[chunk.start : chunk.stop]
+        if self.hidden.dim() == 2:
+            taken = self.hidden.index_select(0, rows)
+        elif self.hidden.is_contiguous():
+            taken = self.hidden.flatten(0, 1).index_select(0, rows)
+        else:  # flattening would copy
+            tokens = self.hidden.shape[1]
+            taken = self.hidden[rows // tokens, rows % tokens]
+        return taken.to(dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(S,) values in the labels' shape; zeros where nothing is scored."""
+        shape = self.hidden.shape[:-1]
+        out = values.new_zeros(shape.numel())
+        out[self.positions] = values
+        return out.view(shape)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language model's head, in the dtype that the GEMMs run in."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    scale: Scale
+
+    def project(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        """Logits (C, V) of hidden states (C, H), in the front of the buffer."""
+        logits = buffer[: hidden.shape[0]]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=logits)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are formed."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+@dataclass
+class HeadGradient:
+    """A gradient of the head in the making. Buffers are made when the first product comes."""
+
+    needs: Needs
+    dtype: torch.dtype  # of dW: fp32 (fp64 for fp64), or narrower where it is one product
+    weight: Tensor | None = None  # (V, H)
+    bias: Tensor | None = None  # (V,)
+
+    def add(self, gradient: Tensor, hidden: Tensor, coefficients: Tensor | None) -> None:
+        """Adds `Σ_n c_n · gradient_n ⊗ hidden_n`; without coefficients c = 1."""
+        if self.needs.weight:
+            # The few columns of the hidden states are scaled, not the V of the gradient.
+            scaled = hidden if coefficients is None else (hidden * coefficients.unsqueeze(-1)).to(hidden.dtype)
+            self.weight = add_product(self.weight, gradient.t(), scaled, self.dtype)
+        if self.needs.bias:
+            row = gradient.new_ones(1, len(gradient)) if coefficients is None else coefficients.view(1, -1)
+            bias = None if self.bias is None else self.bias.view(1, -1)
+            total_dtype = reference.compute_dtype(gradient.dtype)
+            self.bias = add_product(bias, row.to(gradient.dtype), gradient, total_dtype).view(-1)
+
+    def fold(self, other: HeadGradient, factor: Tensor) -> None:
+        """Adds `factor · other`, which is over then."""
+        for name in ("weight", "bias"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is None:
+                continue
+            if mine is None:
+                setattr(self, name, theirs.mul_(factor))
+            else:
+                mine.addcmul_(theirs, factor)
+            setattr(other, name, None)
+
+    def result(self, weight: Tensor, bias: Tensor | None, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(dW, db) in the dtypes of the head as it was given; zeros where no row came, empty where not needed. Those
+        of an fp16 head stay fp32: what scales them up against underflow comes later."""
+
+        def finish(needed: bool, total: Tensor | None, like: Tensor | None) -> Tensor:
+            if not needed:
+                return weight.new_empty(0)
+            dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
+            if total is None:
+                return torch.zeros(like.shape, dtype=dtype, device=like.device)
+            return (total if unit is None else total.mul_(unit)).to(dtype)
+
+        return finish(self.needs.weight, self.weight, weight), finish(self.needs.bias, self.bias, bias)
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, first_dtype: torch.dtype) -> Tensor:
+    """`total + a @ b`, accumulated in at least fp32, in place; without a total the product alone, in `first_dtype`."""
+    if total is None:
+        if first_dtype == a.dtype:
+            return torch.mm(a, b)
+        total = torch.empty(a.shape[0], b.shape[1], dtype=first_dtype, device=a.device)
+        beta = 0
+    else:
+        beta = 1
+    if total.dtype == a.dtype:
+        return torch.addmm(total, a, b, beta=beta, out=total)
+    if a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    # No GEMM here adds 16-bit products to fp32: each is rounded once on its way, not the sum.
+    along = 0 if a.shape[0] > 1 else 1
+    for part, left in zip(
+        total.split(_TILE_ROWS, along), (a.split(_TILE_ROWS) if along == 0 else b.split(_TILE_ROWS, 1))
+    ):
+        product = torch.mm(left, b) if along == 0 else torch.mm(a, left)
+        part.add_(product) if beta else part.copy_(product)
+    return total
+
+
+@dataclass
+class Walk:
+    """What a walk leaves behind. Token values are (S,), in the order of the scored rows."""
+
+    logps: Tensor
+    outputs: dict[str, Tensor]
+    hidden: Tensor  # like the hidden states given: ∂ℓ_n/∂h_n, *without* coefficients; or empty
+    head: HeadGradient
+
+
+class Coefficients(Protocol):
+    """`∂loss/∂ℓ_n` of rows, as soon as it is known."""
+
+    def close(self, logps: Tensor, chunk: Chunk) -> None:
+        """The chunk's sequences are scored: `logps` (S,) holds all of their rows."""
+
+    def of_rows(self, chunk: Chunk) -> Tensor:  # (C,) fp32
+        """Of a chunk's rows."""
+
+    def of_sequence(self, sequence: int) -> Tensor:  # ()
+        """Of every row of a sequence."""
+
+
+@dataclass
+class KnownCoefficients:
+    """Given from the start: the backward of any loss on top of the token log-probabilities."""
+
+    values: Tensor  # (S,)
+
+    def close(self, logps, chunk):
+        pass
+
+    def of_rows(self, chunk):
+        return self.values[chunk.start : chunk.stop]
+
+    def of_sequence(self, sequence):
+        raise AssertionError("no sequence waits for a coefficient that is known")
+
+
+class LossCoefficients:
+    """Of the KTO loss: one for each sequence, known when its log-probability is."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        ref_logps: Tensor | None,  # (B,)
+        z0: Tensor,  # ()
+        desirable: Tensor,  # (B,) bool
+        options: LossOptions,
+        unit: float,  # they are divided by it
+    ) -> None:
+        device = desirable.device
+        self.starts = [0, *itertools.accumulate(lengths)]
+        self.offsets = torch.tensor(self.starts, device=device)
+        self.lengths = self.offsets.diff()
+        self.ref_logps, self.z0, self.desirable, self.options = ref_logps, z0, desirable, options
+        self.unit = unit
+        self.slopes = torch.zeros(len(lengths), dtype=torch.float64, device=device)
+
+    def sequence_logps(self, logps: Tensor, first: int, last: int) -> Tensor:
+        """Stage 2 of sequences [first, last)."""
+        begin, end = self.starts[first], self.starts[last]
+        total = reference.per_sequence(logps[begin:end], self.offsets[first : last + 1] - begin)
+        return total / self.lengths[first:last].clamp(min=1) if self.options.average_log_prob else total
+
+    def close(self, logps, chunk):
+        first, last = chunk.sequences
+        r = reference.log_ratio(
+            self.sequence_logps(logps, first, last), None if self.ref_logps is None else self.ref_logps[first:last]
+        )
+        slopes = reference.loss_slope(r, self.z0, self.desirable[first:last], self.options.beta, self.options.weights)
+        if self.options.reduction == "mean":
+            slopes = slopes / max(1, len(self.slopes))
+        if self.options.average_log_prob:
+            slopes = slopes / self.lengths[first:last].clamp(min=1)
+        self.slopes[first:last] = slopes
+
+    def of_rows(self, chunk):
+        first, last = chunk.sequences
+        slopes = (self.slopes[first:last] / self.unit).float()
+        if last - first == 1:
+            return slopes.expand(chunk.rows)
+        return slopes.repeat_interleave(self.lengths[first:last], output_size=chunk.rows)
+
+    def of_sequence(self, sequence):
+        return self.slopes[sequence] / self.unit
+
+
+def walk(
+    rows: ScoredRows,
+    head: Head,
+    plan: LinearPlan,
+    backend: Backend,
+    needs: Needs,
+    outputs: tuple[str, ...] = (),
+    coefficients: Coefficients | None = None,
+) -> Walk:
+    """Runs the chunks of the plan. `coefficients` where the head is trained."""
+    device, dtype = rows.hidden.device, head.weight.dtype
+    total_rows = len(rows.positions)
+    float_dtype = reference.compute_dtype(dtype)
+    logps = torch.zeros(total_rows, dtype=float_dtype, device=device)
+    extra = {
+        name: torch.zeros(total_rows, dtype=torch.bool if name == "is_top1" else float_dtype, device=device)
+        for name in outputs
+    }
+    hidden = torch.zeros(rows.hidden.shape if needs.hidden else 0, dtype=rows.hidden.dtype, device=device)
+    flat = hidden.view(-1, hidden.shape[-1]) if needs.hidden else hidden
+    total, apart = HeadGradient(needs, plan.weight_gradient_dtype), HeadGradient(needs, float_dtype)
+    most = max((chunk.rows for chunk in plan.chunks), default=0)
+    buffer = backend.empty((most, head.weight.shape[0]), dtype, device)
+    for chunk in plan.chunks:
+        h = rows.take(chunk, dtype)
+        gradient = head.project(h, buffer)
+        forms = chunk.task is not Task.SCORE
+        scored = slice(chunk.start, chunk.stop)
+        scores = backend.score_chunk(gradient, rows.labels[scored], head.scale, forms, outputs)
+        logps[scored] = scores.logps
+        for name, values in extra.items():
+            values[scored] = getattr(scores, name)
+        if not forms:
+            continue
+        if needs.hidden:
+            flat.index_copy_(0, rows.positions[scored], torch.mm(gradient, head.weight).to(flat.dtype))
+        if not needs.head:
+            continue
+        if chunk.task is Task.DEFER:
+            apart.add(gradient, h, None)
+            continue
+        if chunk.task is Task.CLOSE:
+            coefficients.close(logps, chunk)
+            if apart.weight is not None or apart.bias is not None:
+                total.fold(apart, coefficients.of_sequence(chunk.sequences[0]))
+        total.add(gradient, h, coefficients.of_rows(chunk))
+    return Walk(logps, extra, hidden, total)

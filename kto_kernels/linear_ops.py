@@ -1,0 +1,393 @@
+"""The operators from hidden states, `torch.ops.kto_kernels.linear_*`: schema, fake, autograd, FLOP formulas.
+
+    linear_token_logps   hidden states → token log-probabilities; with a frozen head also their gradient, of which the
+                         backward scales the rows (2G)
+    linear_backward      the gradients of the former where the head is trained: the logits once more (4G in all)
+    linear_kto           the whole loss and the gradients of a trained head, formed in the forward (3G)
+    scale_, scale_rows_  what upstream gradients are applied with, in place
+
+One GEMM unit G and the plan of the chunks: `kto_kernels.plan`. Each operator is one opaque node to torch.compile: its
+loop depends on how many tokens are scored.
+"""
+
+# No `from __future__ import annotations`: torch.library reads the schemas from the annotations.
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op, register_autograd
+
+from . import checks, ops, reference
+from .backends import select
+from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, walk
+from .plan import LinearPlan
+from .rows import OUTPUTS, LossOptions, Scale
+
+# What they share ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _frame(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype, backend, prefix=""):
+    """(backend, scored rows, head) of checked arguments; `prefix` is that of the labels, for messages."""
+    chosen = select(backend, hidden.device, dtype)
+    checks.label_values(labels, weight.shape[0], ignore_index, prefix)
+    if cu_seqlens is not None:
+        checks.offset_values(f"{prefix}cu_seqlens", cu_seqlens, labels.numel())
+    rows = ScoredRows.of(hidden, labels, cu_seqlens, shift, ignore_index)
+    return chosen, rows, Head(weight.to(dtype), None if bias is None else bias.to(dtype), Scale(*scale))
+
+
+def _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options) -> LinearPlan:
+    return LinearPlan.of(
+        lengths,
+        *weight.shape,
+        dtype,
+        needs_hidden=needs.hidden,
+        needs_weight=needs.weight,
+        needs_bias=needs.bias,
+        weight_dtype=weight.dtype,
+        hidden_rows=hidden.shape[:-1].numel(),
+        hidden_dtype=hidden.dtype,
+        max_logits_bytes=max_logits_bytes,
+        device=hidden.device,
+        **options,
+    )
+
+
+def _names(outputs: str) -> tuple[str, ...]:
+    """Schemas know no lists of strings."""
+    return tuple(filter(None, outputs.split(",")))
+
+
+def _token_outputs(walked, rows, outputs: str) -> list[Tensor]:
+    """Labels-shaped, in the order of OUTPUTS; empty where not asked for."""
+    wanted = _names(outputs)
+    return [rows.spread(walked.outputs[name]) if name in wanted else walked.logps.new_empty(0) for name in OUTPUTS]
+
+
+def _fake_token_outputs(labels, outputs: str, dtype: torch.dtype) -> list[Tensor]:
+    wanted = _names(outputs)
+    return [
+        torch.empty(
+            labels.shape if name in wanted else 0,
+            dtype=torch.bool if name == "is_top1" and name in wanted else dtype,
+            device=labels.device,
+        )
+        for name in OUTPUTS
+    ]
+
+
+def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(needed, like, shape):
+        dtype = torch.float32 if like.dtype == torch.float16 and like is not hidden else like.dtype
+        return torch.empty(shape, dtype=dtype, device=like.device) if needed else like.new_empty(0, dtype=dtype)
+
+    bias_like = weight if bias is None else bias
+    return (
+        empty(needs_hidden, hidden, hidden.shape),
+        empty(needs_weight, weight, weight.shape),
+        empty(needs_bias, bias_like, weight.shape[:1]),
+    )
+
+
+def _power_of_two_below(value: float) -> float:
+    return 2.0 ** math.floor(math.log2(value)) if 0 < value < math.inf else 1.0
+
+
+# Token log-probabilities ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@custom_op("kto_kernels::linear_token_logps", mutates_args=())
+def linear_token_logps(
+    hidden: Tensor,  # (B, T, H) or (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    shift: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,  # of the GEMMs
+    max_logits_bytes: int | None,
+    outputs: str,
+    gradient: bool,  # whether the hidden states' is formed
+    backend: str,
+    prefix: str,  # of the labels' and offsets' names in messages
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        chosen, rows, head = _frame(
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            backend, prefix
+        )  # fmt: skip
+        needs = Needs(hidden=gradient)
+        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes)
+        walked = walk(rows, head, plan, chosen, needs, _names(outputs))
+        return rows.spread(walked.logps), *_token_outputs(walked, rows, outputs), walked.hidden
+
+
+@linear_token_logps.register_fake
+def _(
+    hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
+    max_logits_bytes, outputs, gradient, backend, prefix,
+):  # fmt: skip
+    float_dtype = reference.compute_dtype(dtype)
+    return (
+        torch.empty(labels.shape, dtype=float_dtype, device=labels.device),
+        *_fake_token_outputs(labels, outputs, float_dtype),
+        torch.empty(hidden.shape if gradient else 0, dtype=hidden.dtype, device=hidden.device),
+    )
+
+
+def _token_logps_context(ctx, inputs, output):
+    hidden, weight, bias, labels, cu_seqlens, *options, _, gradient, backend, _ = inputs
+    _, *extra, dhidden = output
+    ctx.mark_non_differentiable(*extra, dhidden)
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.backend = options, backend
+    ctx.formed = gradient
+    # Not saved for backward: a gradient that nothing else holds is handed on without a copy.
+    ctx.dhidden = dhidden.detach() if gradient else None
+    ctx.save_for_backward(*(None,) * 3 if gradient else (hidden, weight, bias), labels, cu_seqlens)
+
+
+@once_differentiable
+def _token_logps_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 16
+    hidden, weight, bias, labels, cu_seqlens = ctx.saved_tensors
+    shift, ignore_index = ctx.options[:2]
+    if ctx.formed:
+        (dhidden,) = _hand_over(ctx, "dhidden")
+        scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+        scale_rows_(dhidden, torch.where(scored, grad, 0.0))
+        return dhidden, *(None,) * 15
+    needs = ctx.needs_input_grad[:3]
+    gradients = linear_backward(grad, hidden, weight, bias, labels, cu_seqlens, *ctx.options, *needs, ctx.backend)
+    return *_wanted(gradients, needs, (hidden, weight, bias)), *(None,) * 13
+
+
+def _wanted(gradients, needs, like) -> tuple[Tensor | None, ...]:
+    return tuple(
+        gradient.to(tensor.dtype) if needed else None for gradient, needed, tensor in zip(gradients, needs, like)
+    )
+
+
+def _hand_over(ctx, *names: str) -> tuple[Tensor | None, ...]:
+    """Gradients that the forward formed; they leave the context, so that they can be scaled in place."""
+    if ctx.formed == "gone":
+        raise RuntimeError(
+            "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first backward; "
+            "for a second one call it again"
+        )
+    ctx.formed = "gone"
+    taken = tuple(getattr(ctx, name) for name in names)
+    for name in names:
+        setattr(ctx, name, None)
+    return taken
+
+
+@custom_op("kto_kernels::linear_backward", mutates_args=())
+def linear_backward(
+    grad: Tensor,  # labels-shaped
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
+    max_logits_bytes: int | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        chosen, rows, head = _frame(
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            backend
+        )  # fmt: skip
+        needs = Needs(needs_hidden, needs_weight, needs_bias)
+        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, known_coefficients=True)
+        grad = grad.flatten()[rows.positions]
+        unit = None
+        if dtype == torch.float16:  # coefficients near 1, so that products with them do not underflow
+            unit = torch.exp2(grad.abs().amax().log2().floor()) if len(grad) else grad.new_ones(())
+            unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1.0)
+        walked = walk(
+            rows, head, plan, chosen, needs, coefficients=KnownCoefficients(grad if unit is None else grad / unit)
+        )
+        if needs.hidden:
+            _scale_rows_(walked.hidden, rows.spread(grad))
+        return walked.hidden, *walked.head.result(weight, bias, unit)
+
+
+@linear_backward.register_fake
+def _(grad, hidden, weight, bias, labels, cu_seqlens, *options):
+    return _fake_gradients(hidden, weight, bias, *options[-4:-1])
+
+
+# The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@custom_op("kto_kernels::linear_kto", mutates_args=())
+def linear_kto(
+    hidden: Tensor,  # (B, T, H) or (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (B, T) or (N,)
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    desirable: Tensor,  # (B,) bool
+    ref_logps: Tensor | None,  # (B,)
+    z0: Tensor,  # ()
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    average_log_prob: bool,
+    reduction: str,  # "mean" or "sum"
+    shift: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,  # of the GEMMs
+    max_logits_bytes: int | None,
+    long_sequences: str,
+    outputs: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        chosen, rows, head = _frame(
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            backend
+        )  # fmt: skip
+        needs = Needs(needs_hidden, needs_weight, needs_bias)
+        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, long_sequences=long_sequences)
+        options = LossOptions(beta, desirable_weight, undesirable_weight, average_log_prob, reduction)
+        unit = _smallest_unit(options, rows.lengths) if dtype == torch.float16 else 1.0
+        coefficients = LossCoefficients(rows.lengths, ref_logps, z0, desirable, options, unit)
+        walked = walk(rows, head, plan, chosen, needs, _names(outputs), coefficients)
+        logps = coefficients.sequence_logps(walked.logps, 0, len(rows.lengths))
+        r = reference.log_ratio(logps, ref_logps)
+        losses = reference.loss(r, z0, desirable, beta, options.weights)
+        unit_tensor = None if unit == 1.0 else torch.full((), unit, device=hidden.device)
+        return (
+            reference.reduce(losses, reduction).to(reference.compute_dtype(dtype)),
+            logps,
+            coefficients.slopes,
+            *_token_outputs(walked, rows, outputs),
+            walked.hidden,
+            *walked.head.result(weight, bias, unit_tensor),
+        )
+
+
+def _smallest_unit(options: LossOptions, lengths: list[int]) -> float:
+    """A power of two near the largest coefficient that there can be: λβσ'(x) is at most λβ/4."""
+    bound = max(options.weights) * options.beta / 4
+    if options.reduction == "mean":
+        bound /= max(1, len(lengths))
+    if options.average_log_prob:
+        bound /= max(1, min(filter(None, lengths), default=1))
+    return _power_of_two_below(bound)
+
+
+@linear_kto.register_fake
+def _(
+    hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
+    average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
+    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, backend,
+):  # fmt: skip
+    float_dtype = reference.compute_dtype(dtype)
+    per_sequence = torch.empty(desirable.shape, dtype=torch.float64, device=hidden.device)
+    return (
+        torch.empty((), dtype=float_dtype, device=hidden.device),
+        per_sequence,
+        torch.empty_like(per_sequence),
+        *_fake_token_outputs(labels, outputs, float_dtype),
+        *_fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias),
+    )
+
+
+def _kto_context(ctx, inputs, output):
+    hidden, weight, bias, labels, cu_seqlens = inputs[:5]
+    *_, slopes, _, _, _, dhidden, dweight, dbias = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.formed, ctx.backend = True, inputs[-1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+    # Not saved for backward: a gradient that nothing else holds is handed on without a copy.
+    ctx.dhidden, ctx.dweight, ctx.dbias = (gradient.detach() for gradient in (dhidden, dweight, dbias))
+    ctx.save_for_backward(labels, cu_seqlens, slopes)
+
+
+@once_differentiable
+def _kto_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 26
+    labels, cu_seqlens, slopes = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = _hand_over(ctx, "dhidden", "dweight", "dbias")
+    if needs[0]:
+        # A saturated sequence has gradient 0 whatever arrives from above.
+        slopes = torch.where(slopes == 0, 0.0, slopes * grad)
+        if cu_seqlens is None:
+            rows = slopes.unsqueeze(-1).expand(labels.shape)
+        else:
+            rows = slopes.repeat_interleave(cu_seqlens.diff(), output_size=labels.numel())
+        scale_rows_(gradients[0], rows)
+    for gradient, needed in zip(gradients[1:], needs[1:]):
+        if needed:
+            scale_(gradient, grad, ctx.backend)
+    wanted = [g.to(dtype) if needed else None for g, needed, dtype in zip(gradients, needs, ctx.dtypes)]
+    return *wanted, *(None,) * 23
+
+
+# Upstream gradients, in place ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@custom_op("kto_kernels::scale_", mutates_args=("tensor",))
+def scale_(
+    tensor: Tensor,  # contiguous
+    factor: Tensor,  # ()
+    backend: str,
+) -> None:
+    select(backend, tensor.device, tensor.dtype).scale_(tensor, factor)
+
+
+@scale_.register_fake
+def _(tensor, factor, backend):
+    return None
+
+
+@custom_op("kto_kernels::scale_rows_", mutates_args=("tensor",))
+def scale_rows_(
+    tensor: Tensor,  # (..., H), contiguous
+    factors: Tensor,  # (...)
+) -> None:
+    _scale_rows_(tensor, factors)
+
+
+@scale_rows_.register_fake
+def _(tensor, factors):
+    return None
+
+
+def _scale_rows_(tensor: Tensor, factors: Tensor) -> None:
+    # In parts: where dtypes differ, PyTorch copies on the CPU.
+    parts = (tensor.view(-1, tensor.shape[-1]).split(4096), factors.reshape(-1, 1).split(4096))
+    for part, factor in zip(*parts):
+        part.mul_(factor)
+
+
+register_autograd(linear_backward, ops.twice)
+register_autograd(linear_token_logps, _token_logps_backward, setup_context=_token_logps_context)
+register_autograd(linear_kto, _kto_backward, setup_context=_kto_context)

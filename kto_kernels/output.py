@@ -1,0 +1,78 @@
+"""What a loss returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class KTOOutput:
+    """What a loss returns. Everything but `loss` is detached.
+
+    Attributes:
+        loss: () for `reduction="mean"` and `"sum"`, (B,) for `"none"`; fp32 (fp64 for fp64 logits).
+        logps: (B,) fp64, policy log-probability of each sequence in nats (per token with `average_log_prob`).
+        ref_logps: (B,) fp64, the reference's; zeros when reference-free.
+        rewards: (B,) `β · (logps − ref_logps)`.
+        kl: () the reference point z0 in nats, at least 0.
+        desirable: (B,) bool, as given.
+        entropy, mean_logits, is_top1: labels-shaped, of each scored token, where asked for (`outputs=`); see
+            `kto_kernels.reference.outputs`. 0 or False elsewhere.
+        scored: labels-shaped bool, the tokens that these are of; and
+        cu_seqlens: their packed layout, as given.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    ref_logps: Tensor
+    rewards: Tensor
+    kl: Tensor
+    desirable: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    scored: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Plain floats under TRL's names: `loss` (the mean over sequences under `"none"`), `kl`, and for each class
+        that the batch holds `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`; `rewards/margins`
+        where both are there. Where asked for, means over the scored tokens: `entropy`, `logits/chosen`,
+        `logits/rejected`, `mean_token_accuracy`. What nothing was counted for has no entry, never a NaN. Waits for the
+        device once."""
+        everything = torch.ones_like(self.desirable)
+        classes = {"chosen": self.desirable, "rejected": ~self.desirable}
+        one = torch.ones((), dtype=torch.float64, device=self.logps.device)
+        # name → (sum, count)
+        means = {
+            "loss": (reference.reduce(self.loss.detach().double().flatten(), "mean"), one),
+            "kl": (self.kl.double(), one),
+        }
+
+        def add(name: str, values: Tensor, counts: Tensor, mask: Tensor) -> None:
+            means[name] = (torch.where(mask, values.double(), 0.0).sum(), torch.where(mask, counts, 0).sum())
+
+        for side, mask in classes.items():
+            add(f"rewards/{side}", self.rewards, everything, mask)
+            add(f"logps/{side}", self.logps, everything, mask)
+        if self.scored is not None:
+            tokens = reference.per_sequence(self.scored, self.cu_seqlens)
+            if self.entropy is not None:
+                add("entropy", reference.per_sequence(self.entropy, self.cu_seqlens), tokens, everything)
+            if self.is_top1 is not None:
+                add("mean_token_accuracy", reference.per_sequence(self.is_top1, self.cu_seqlens), tokens, everything)
+            if self.mean_logits is not None:
+                sums = reference.per_sequence(self.mean_logits, self.cu_seqlens)
+                for side, mask in classes.items():
+                    add(f"logits/{side}", sums, tokens, mask)
+        sums, counts = (torch.stack([pair[k].double() for pair in means.values()]) for k in (0, 1))
+        pairs = zip(means, *torch.stack([sums, counts]).tolist(), strict=True)
+        metrics = {name: total / count for name, total, count in pairs if count > 0}
+        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics

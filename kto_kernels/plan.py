@@ -1,0 +1,291 @@
+"""How a loss from hidden states is cut into chunks of rows, and what that costs: memory, GEMMs, and why.
+
+One GEMM unit is `G = 2·N·H·V` FLOPs: the head once over the N scored rows. A chunk is some scored rows × the whole
+vocabulary. Gradients of the head need each row's coefficient, which is known once the row's whole *sequence* is scored;
+so a sequence stays inside a chunk where it fits, and a longer one is deferred or recomputed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+LONG_SEQUENCES = ("auto", "defer", "recompute")
+
+# Machine balance: FLOPs of a GEMM in the time of one byte from memory. It steers the automatic choices and no result.
+_BALANCE = {"cpu": {"half": 48, "single": 16}, "cuda": {"half": 230, "single": 20}}
+# A trainable head reads and writes the whole fp32 dW for every chunk: `4·balance / C` of the chunk's GEMM. With C =
+# 16·balance that is a quarter of a GEMM. Without a dW only the head itself is read, so less will do.
+_ROWS_PER_BALANCE = {True: 16, False: 4}
+_ROWS_MULTIPLE = 128
+# Ending a deferred sequence reads and writes dW and reads the second one: 12·V·H bytes, the time of 6·balance rows of a
+# GEMM.
+_DEFER_ROWS_PER_BALANCE = 6
+
+
+class Task(Enum):
+    """What is done with a chunk."""
+
+    SCORE = "score"  # log-probabilities alone
+    CLOSE = "close"  # its sequences end here: their coefficients are known, gradients are formed
+    DEFER = "defer"  # part of a sequence that ends later: its gradient of the head is kept apart, unscaled
+    AGAIN = "again"  # the gradients of a part that was scored before, its logits computed once more
+
+
+@dataclass(frozen=True)
+class Chunk:
+    start: int  # [start, stop) of the scored rows, in their order
+    stop: int
+    task: Task
+    sequences: tuple[int, int]  # [first, last) of the sequences these rows belong to
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """The chunks of one pass from hidden states, and their cost. `print(plan)` says it in words.
+
+    Attributes:
+        rows, vocab, hidden: N scored rows, V, H.
+        chunks: in the order of their work.
+        deferred, recomputed: (sequence, why) of each sequence longer than a chunk, where the head is trained.
+        bytes: name → bytes of each buffer; `peak_bytes` is the most that exists at once, above the inputs.
+        gemm_units: GEMMs in units of `2·N·H·V` FLOPs.
+        weight_gradient_dtype: what dW accumulates in: fp32, or its own dtype where it is one product.
+    """
+
+    rows: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+    chunk_rows: int
+    chunks: tuple[Chunk, ...]
+    deferred: tuple[tuple[int, str], ...]
+    recomputed: tuple[tuple[int, str], ...]
+    bytes: dict[str, int]
+    peak_bytes: int
+    gemm_units: float
+    weight_gradient_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        vocab: int,
+        hidden: int,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        needs_hidden: bool = True,
+        needs_weight: bool = True,
+        needs_bias: bool = False,
+        known_coefficients: bool = False,
+        weight_dtype: torch.dtype | None = None,
+        hidden_rows: int | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        max_logits_bytes: int | None = None,
+        long_sequences: str = "auto",
+        device: torch.device | str = "cuda",
+        balance: float | None = None,
+    ) -> LinearPlan:
+        """Plans one pass of the policy.
+
+        Args:
+            lengths: scored rows of each sequence (B,).
+            vocab, hidden, dtype: V, H, and the dtype that the GEMMs run in.
+            needs_hidden, needs_weight, needs_bias: which gradients are formed; none of them: a forward-only pass.
+            known_coefficients: every row's coefficient is known from the start (the backward of
+                `linear_token_logps`), so that no sequence is too long.
+            weight_dtype, hidden_dtype: of the tensors given, where not `dtype`.
+            hidden_rows: rows of hidden states, with those that nothing scores (default: the scored ones).
+            max_logits_bytes: the most bytes of logits that exist at once; None: chosen by the device's balance.
+            long_sequences: "defer", "recompute", or "auto" for the faster of them, for each sequence longer than a
+                chunk.
+            device: its type sets the balance, FLOPs of a GEMM per byte of memory traffic, where none is given.
+
+        Raises:
+            ValueError: `max_logits_bytes` holds not even one row of the vocabulary.
+        """
+        balance = _balance(torch.device(device), dtype) if balance is None else balance
+        row_bytes = vocab * dtype.itemsize
+
+        def cut(chunk_rows: int) -> LinearPlan:
+            return _cut(
+                cls,
+                list(lengths),
+                vocab,
+                hidden,
+                dtype,
+                needs_hidden,
+                needs_weight,
+                (needs_weight or needs_bias) and not known_coefficients,
+                known_coefficients,
+                dtype if weight_dtype is None else weight_dtype,
+                sum(lengths) if hidden_rows is None else hidden_rows,
+                dtype if hidden_dtype is None else hidden_dtype,
+                chunk_rows,
+                _late(needs_weight, long_sequences, chunk_rows, balance),
+            )
+
+        if max_logits_bytes is not None:
+            if max_logits_bytes < row_bytes:
+                raise ValueError(
+                    f"max_logits_bytes: expected at least {row_bytes} (one row of the vocabulary: {vocab} × "
+                    f"{dtype.itemsize} bytes), got {max_logits_bytes}"
+                )
+            return cut(max_logits_bytes // row_bytes)
+        rows = math.ceil(_ROWS_PER_BALANCE[needs_weight] * balance / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        chosen = cut(rows)
+        # Larger chunks where they cost no memory: with the longest sequence inside one there is no second dW, with
+        # everything inside one no fp32 dW.
+        for larger in sorted({max(lengths, default=0), sum(lengths)}):
+            if larger > rows and (plan := cut(larger)).peak_bytes <= chosen.peak_bytes:
+                chosen = plan
+        return chosen
+
+    @property
+    def flops(self) -> int:
+        return round(self.gemm_units * 2 * self.rows * self.hidden * self.vocab)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"LinearPlan: {self.rows:,} rows × V={self.vocab:,}, H={self.hidden:,}, {dtype}: {len(self.chunks)} chunks "
+            f"of up to {self.chunk_rows:,} rows, {self.gemm_units:.2f} G, {_size(self.peak_bytes)} at most"
+        ]
+        lines += [f"  {_size(size):>10}  {name}" for name, size in self.bytes.items()]
+        for kind in ("deferred", "recomputed"):
+            lines += [f"  sequence {i} {kind}: {why}" for i, why in getattr(self, kind)]
+        return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _balance(device: torch.device, dtype: torch.dtype) -> float:
+    return _BALANCE["cpu" if device.type == "cpu" else "cuda"]["half" if dtype.itemsize == 2 else "single"]
+
+
+def _cut(
+    cls, lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients, weight_dtype,
+    hidden_rows, hidden_dtype, chunk_rows, late
+) -> LinearPlan:  # fmt: skip
+    """The plan with chunks of `chunk_rows`; `bound` where sequences must stay together."""
+    deferred: list[tuple[int, str]] = []
+    recomputed: list[tuple[int, str]] = []
+    if bound:
+        chunks = _whole_sequences(lengths, chunk_rows, late, deferred, recomputed)
+    else:
+        task = Task.AGAIN if known_coefficients else Task.CLOSE if needs_hidden else Task.SCORE
+        chunks = _even_chunks(0, sum(lengths), chunk_rows, task, (0, len(lengths)))
+
+    size = dtype.itemsize
+    most = max((chunk.rows for chunk in chunks), default=0)
+    formed = [chunk for chunk in chunks if chunk.task is not Task.SCORE]
+    # One product needs no fp32 sum. (An fp16 head's gradient stays fp32 until it is scaled up against underflow.)
+    once = len(formed) == 1 and weight_dtype == dtype != torch.float16
+    gradient_dtype = dtype if once else torch.promote_types(dtype, torch.float32)
+    sizes = {"logits": most * vocab * size, "chunk of hidden": most * hidden * size}
+    if weight_dtype != dtype:
+        sizes["head in the GEMMs' dtype"] = vocab * hidden * size
+    if needs_hidden:
+        sizes["hidden gradient"] = hidden_rows * hidden * hidden_dtype.itemsize
+        sizes["chunk of the hidden gradient"] = most * hidden * size
+    if needs_weight:
+        sizes["scaled chunk of hidden"] = most * hidden * size
+        sizes["weight gradient"] = vocab * hidden * gradient_dtype.itemsize
+        if len(deferred) > 1:
+            sizes["deferred weight gradient"] = vocab * hidden * gradient_dtype.itemsize
+    peak = sum(sizes.values())
+    if needs_weight and weight_dtype != gradient_dtype:
+        sizes["rounded weight gradient"] = vocab * hidden * weight_dtype.itemsize  # when the chunks' buffers are gone
+        kept = ("hidden gradient", "weight gradient", "rounded weight gradient")
+        peak = max(peak, sum(sizes.get(name, 0) for name in kept))
+    rows = sum(lengths)
+    products = sum(chunk.rows for chunk in chunks) + sum(chunk.rows for chunk in formed) * (needs_hidden + needs_weight)
+    return cls(
+        rows=rows,
+        vocab=vocab,
+        hidden=hidden,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        chunks=tuple(chunks),
+        deferred=tuple(deferred),
+        recomputed=tuple(recomputed),
+        bytes=sizes,
+        peak_bytes=peak,
+        gemm_units=products / rows if rows else 0.0,
+        weight_gradient_dtype=gradient_dtype,
+    )
+
+
+def _late(needs_weight: bool, long_sequences: str, chunk_rows: int, balance: float):
+    """length → (Task of the rows in front of a sequence's last chunk, why)."""
+
+    def late(length: int) -> tuple[Task, str]:
+        early = length - chunk_rows
+        about = f"{length:,} rows, {early:,} of them before its last chunk"
+        if long_sequences != "auto":
+            task = Task.DEFER if long_sequences == "defer" else Task.AGAIN
+            return task, f"{about}; long_sequences={long_sequences!r}"
+        if not needs_weight:
+            return Task.DEFER, f"{about}; a second bias gradient costs nothing"
+        worth = round(_DEFER_ROWS_PER_BALANCE * balance)
+        if early < worth:
+            return Task.AGAIN, f"{about}; a pass over a second dW would cost as much as {worth:,} rows"
+        return Task.DEFER, f"{about}; a pass over a second dW costs only as much as {worth:,} rows"
+
+    return late
+
+
+def _whole_sequences(lengths, chunk_rows, late, deferred, recomputed) -> list[Chunk]:
+    """Chunks that end where sequences do. Deferred sequences come first, one after another: of the dW that is kept
+    apart there is never more than one, and the first needs no other beside it."""
+    ahead: list[Chunk] = []
+    chunks: list[Chunk] = []
+    first = start = stop = 0  # the chunk in the making: sequences [first, i), rows [start, stop)
+
+    def close(last: int, into: list[Chunk]) -> None:
+        nonlocal first, start
+        if stop > start:
+            into.append(Chunk(start, stop, Task.CLOSE, (first, last)))
+        first, start = last, stop
+
+    for i, length in enumerate(lengths):
+        if stop + length - start > chunk_rows:
+            close(i, chunks)
+        stop += length
+        if length <= chunk_rows:
+            continue
+        task, why = late(length)
+        if task is Task.DEFER:
+            deferred.append((i, why))
+            ahead += _even_chunks(start, stop - chunk_rows, chunk_rows, Task.DEFER, (i, i + 1))
+        else:
+            recomputed.append((i, why))
+            chunks += _even_chunks(start, stop - chunk_rows, chunk_rows, Task.SCORE, (i, i + 1))
+        begin, start = start, stop - chunk_rows
+        close(i + 1, ahead if task is Task.DEFER else chunks)
+        if task is Task.AGAIN:
+            chunks += _even_chunks(begin, stop - chunk_rows, chunk_rows, Task.AGAIN, (i, i + 1))
+    close(len(lengths), chunks)
+    return ahead + chunks
+
+
+def _even_chunks(start: int, stop: int, chunk_rows: int, task: Task, sequences: tuple[int, int]) -> list[Chunk]:
+    """Chunks of about equal size over rows [start, stop)."""
+    count = math.ceil((stop - start) / chunk_rows)
+    edges = [start + (stop - start) * k // count for k in range(count + 1)] if count else []
+    return [Chunk(a, b, task, sequences) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,287 @@
+"""The stages on their own, for any other loss. They meet every other library at the seam behind `token_logps`:
+
+token_logps, linear_token_logps → sequence_logps → kl_reference_point → value → loss
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, linear_ops, ops, reference
+from .output import KTOOutput
+
+LOSS_TYPES = ("kto", "apo_zero_unpaired")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def token_logps(
+    logits: Tensor,  # (B, T, V) or (N, V)
+    labels: Tensor,  # (B, T) or (N,)
+    *,
+    shift: bool = False,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Stage 1, the seam: `ℓ_n = log softmax(logits_n / temperature)[label_n]`, differentiable, in nats.
+
+    Args: as for `kto_loss`; (N, V) logits are one sequence.
+
+    Returns:
+        Labels-shaped, fp32 (fp64 for fp64 logits); 0 at ignored positions, and with `shift` at the last one. A label
+        whose logit is −inf gives −inf.
+
+    Raises: as `kto_loss`.
+    """
+    checks.scoring(shift, ignore_index, temperature, backend)
+    checks.rows(logits, labels, None, packed=False)
+    checks.flag("inplace_backward", inplace_backward)
+    if inplace_backward:
+        checks.in_place(logits)
+    logps, _ = ops.token_logps(
+        logits, labels, None, shift, ignore_index, 1.0, None, float(temperature), inplace_backward, backend
+    )
+    return logps
+
+
+def linear_token_logps(
+    hidden: Tensor,  # (B, T, H) or (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, T) or (N,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    max_logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in all three, without
+    ever holding more than `max_logits_bytes` of logits.
+
+    Where the head is frozen, the forward forms the hidden states' gradient too, which the backward only scales by rows:
+    2G for any loss on top, one GEMM unit being `G = 2·N·H·V` FLOPs over the N scored tokens. A trained head (`weight`
+    or `bias` requires grad) has its logits computed again in the backward: 4G. Without gradients: 1G.
+
+    Args: as for `linear_kto_loss`; (N, H) hidden states are one sequence.
+
+    Returns:
+        Labels-shaped, fp32 (fp64 for fp64); 0 at ignored positions, and with `shift` at the last one.
+
+    Raises: as `linear_kto_loss`.
+    """
+    checks.scoring(shift, ignore_index, temperature, backend)
+    checks.head_scale(logit_scale, softcap, max_logits_bytes)
+    checks.head(hidden, weight, bias)
+    checks.hidden_rows(hidden, labels, None, packed=False)
+    logps, *_ = linear_scores(
+        hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
+        max_logits_bytes, (), backend
+    )  # fmt: skip
+    return logps
+
+
+def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, as for any linear layer; else the one that holds both."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def linear_scores(hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix=""):
+    """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
+    three empty where `outputs` has no such name."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    shift, ignore_index, logit_scale, softcap, temperature = scoring
+    logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        softcap,
+        temperature,
+        gemm_dtype(hidden, weight),
+        max_logits_bytes,
+        ",".join(outputs),
+        torch.is_grad_enabled() and hidden.requires_grad and not trained,
+        backend,
+        prefix,
+    )
+    return logps, entropy, mean_logits, is_top1
+
+
+def sequence_logps(
+    logps: Tensor,  # (B, T) or (N,)
+    *,
+    labels: Tensor | None = None,  # like logps
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    average_log_prob: bool = False,
+    ignore_index: int = -100,
+    shift: bool = False,
+) -> Tensor:
+    """Stage 2: the sum over each sequence of its token log-probabilities, or their mean over scored tokens.
+
+    Args:
+        logps: (B, T), or packed (N,) with `cu_seqlens`; floating, 0 where nothing is scored (as `token_logps` gives).
+        labels: needed for `average_log_prob`, which counts the labels that are not `ignore_index` (and, with `shift`,
+            are some position's next).
+
+    Returns:
+        (B,) fp64, differentiable: long sequences lose digits in fp32 that the difference to the reference needs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    checks.tensor("logps", logps, checks.FLOATS)
+    checks.flag("average_log_prob", average_log_prob)
+    checks.flag("shift", shift)
+    checks.integer("ignore_index", ignore_index)
+    if logps.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(f"logps: expected (B, T), or (N,) with cu_seqlens; got shape {tuple(logps.shape)}")
+    if cu_seqlens is not None:
+        checks.offsets("cu_seqlens", cu_seqlens, logps)
+        checks.offset_values("cu_seqlens", cu_seqlens, logps.shape[0])
+    scored = None
+    if labels is not None:
+        checks.tensor("labels", labels, checks.INTEGERS, logps)
+        checks.shape("labels", labels, tuple(logps.shape), "as logps")
+    if average_log_prob:
+        if labels is None:
+            raise ValueError("labels: needed with average_log_prob=True, to count the scored tokens")
+        scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+    return reference.sequence_logps(logps, scored, cu_seqlens)
+
+
+def kl_reference_point(
+    kl_logps: Tensor,  # (K,)
+    ref_kl_logps: Tensor | None = None,  # (K,)
+    *,
+    process_group: Any = None,
+) -> Tensor:
+    """Stage 3: `z0 = max(0, mean_j(S^π_j − S^ref_j))` over mismatched completions, in nats; () fp64, no gradient.
+
+    Without `ref_kl_logps` the reference counts as 0. An empty batch gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        NotImplementedError: `process_group` is given.
+    """
+    _no_process_group(process_group)
+    checks.tensor("kl_logps", kl_logps, checks.FLOATS)
+    checks.kl_pair(kl_logps, ref_kl_logps, None, kl_logps)
+    return reference.kl_reference_point(kl_logps, ref_kl_logps)
+
+
+def kto_loss_from_logps(
+    logps: Tensor,  # (B,)
+    desirable: Tensor,  # (B,) bool
+    *,
+    ref_logps: Tensor | None = None,  # (B,)
+    kl: Tensor | float | None = None,  # ()
+    kl_logps: Tensor | None = None,  # (K,)
+    ref_kl_logps: Tensor | None = None,  # (K,)
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+    process_group: Any = None,
+) -> KTOOutput:
+    """Stages 3 to 5: the loss from sequence log-probabilities, in plain PyTorch, differentiable in `logps`.
+
+    Args and errors as for `kto_loss`; `logps` is (B,) floating, and the loss has its dtype (at least fp32).
+    """
+    checks.tensor("logps", logps, checks.FLOATS)
+    if logps.dim() != 1:
+        raise ValueError(f"logps: expected shape (B,), got {tuple(logps.shape)}")
+    beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
+    checks.desirable(desirable, logps.shape[0], logps)
+    if ref_logps is not None:
+        checks.sequences("ref_logps", ref_logps, logps.shape[0], "one per sequence", logps)
+    checks.kl_pair(kl_logps, ref_kl_logps, None, logps)
+    checks.kl_source(
+        loss_type,
+        kl,
+        logps,
+        has_reference=ref_logps is not None,
+        has_kl=kl_logps is not None,
+        has_ref_kl=ref_kl_logps is not None,
+    )
+    z0 = reference_point(kl, kl_logps, ref_kl_logps, logps.device)
+    return loss_output(
+        logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, reference.compute_dtype(logps.dtype)
+    )
+
+
+def reference_point(
+    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, device: torch.device
+) -> Tensor:
+    """z0 () fp64 from whichever KL source there is; 0 where there is none."""
+    if kl_logps is not None:
+        return reference.kl_reference_point(kl_logps, ref_kl_logps)
+    if isinstance(kl, Tensor):
+        return kl.detach().double().clamp(min=0)
+    return torch.full((), max(0.0, 0.0 if kl is None else float(kl)), dtype=torch.float64, device=device)
+
+
+def loss_output(
+    logps: Tensor,  # (B,)
+    ref_logps: Tensor | None,  # (B,)
+    z0: Tensor,  # ()
+    desirable: Tensor,  # (B,)
+    beta: float,
+    weights: tuple[float, float],
+    reduction: str,
+    dtype: torch.dtype,
+    loss: Tensor | None = None,  # where it is there already, with its own gradient
+    **more,
+) -> KTOOutput:
+    """Stages 4 and 5 in plain PyTorch."""
+    r = reference.log_ratio(logps, ref_logps)
+    if loss is None:
+        loss = reference.reduce(reference.loss(r, z0, desirable, beta, weights), reduction)
+    detached = logps.detach().double()
+    return KTOOutput(
+        loss=loss.to(dtype),
+        logps=detached,
+        ref_logps=torch.zeros_like(detached) if ref_logps is None else ref_logps.detach().double(),
+        rewards=(beta * r.detach()).to(dtype),
+        kl=z0.to(dtype),
+        desirable=desirable,
+        **more,
+    )
+
+
+# Options that the losses share ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group):
+    """Checks the options of the stages after the seam; returns β, λ_D, λ_U as floats."""
+    checks.choice("loss_type", loss_type, LOSS_TYPES)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    _no_process_group(process_group)
+    return (
+        checks.number("beta", beta, positive=True),
+        checks.number("desirable_weight", desirable_weight, positive=False),
+        checks.number("undesirable_weight", undesirable_weight, positive=False),
+    )
+
+
+def _no_process_group(process_group: Any) -> None:
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: reducing the KL estimate over ranks is not supported yet; all-reduce the sum and count of "
+            "the mismatched completions' log-ratios yourself and pass kl=max(0, sum / count)"
+        )
