@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from kto_kernels.backends import triton as launchers
-from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+from kto_kernels.rows import OUTPUTS, LossOptions, Rows, Scale, Sequences
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
@@ -51,6 +51,13 @@ _BACKWARD = {
     "loss, packed, shift": (_PACKED_SHIFTED, True, None),
     "tokens, packed, softcap": (_PACKED, False, 30.0),
 }
+_CHUNK = {  # (gradient, outputs, softcap)
+    "scores": (False, (), None),
+    "scores, gradient": (True, (), None),
+    "all outputs, gradient": (True, OUTPUTS, None),
+    "all outputs, gradient, softcap": (True, OUTPUTS, 30.0),
+}
+_SCALE = {"in place": ()}
 
 
 def _rows(layout, dtype: torch.dtype) -> Rows:
@@ -82,12 +89,30 @@ def _backward(dtype, layout, of_loss, softcap):
     )
 
 
+def _chunk(dtype, gradient, outputs, softcap):
+    logits, labels = torch.zeros(2, 8, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    launchers.TritonBackend().score_chunk(logits, labels, Scale(1.0, softcap, 1.0), gradient, outputs)
+
+
+def _scale(dtype):
+    launchers.TritonBackend().scale_(torch.ones(8, dtype=dtype), torch.ones(()))
+
+
+_TABLES = (
+    (_token_logps, _TOKEN_LOGPS),
+    (_forward, _FORWARD),
+    (_backward, _BACKWARD),
+    (_chunk, _CHUNK),
+    (_scale, _SCALE),
+)
+
+
 def variants() -> Iterator[tuple[str, object, dict]]:
     """(name, kernel, arguments) of each, as a launcher would launch them."""
     for dtype in DTYPES:
-        for call, table in ((_token_logps, _TOKEN_LOGPS), (_forward, _FORWARD), (_backward, _BACKWARD)):
+        for call, table in _TABLES:
             for name, choices in table.items():
-                if dtype == torch.float16 and name not in ("padded", "logits", "loss"):
+                if dtype == torch.float16 and name not in ("padded", "logits", "loss", "scores, gradient", "in place"):
                     continue  # differs from bf16 by one conversion: once a kernel is enough
                 with mock.patch.object(launchers, "_launch") as launch:
                     call(dtype, *choices)
@@ -132,7 +157,7 @@ def _compile(index: int, target: str) -> dict:
             signature[parameter.name] = parameter.annotation_type or mangle_type(value)
     hip = not target.startswith("sm_")
     gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
-    options = launchers.options(hip, gpu.warp_size)
+    options = launchers.options(hip, gpu.warp_size, arguments["THREADS"])
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=gpu, options=options)
     read = _read_amd if hip else _read_nvidia
     return {

@@ -5,6 +5,7 @@ tested with the other backends."""
 import contextlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from kto_kernels import kto_loss, reference, token_logps
 from kto_kernels.backends import triton as launchers
 from kto_kernels.backends.triton_kernels import sum_sequences
 from kto_kernels.backends.triton_rows import expm1, log1p, tanh
-from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+from kto_kernels.rows import OUTPUTS, LossOptions, Rows, Scale, Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,21 @@ def test_forward_and_backward_are_one_launch_each(ref, kl, ref_kl, poisoned_memo
     assert [kernel for kernel, *_ in launches] == [kernels.forward_kernel, kernels.logits_backward_kernel]
 
 
+@pytest.mark.parametrize("outputs", [(), OUTPUTS])
+def test_a_chunk_is_one_launch(outputs):
+    with recorded_launches() as launches:
+        logits = torch.randn(3, 50, device=DEVICE)
+        BACKEND.score_chunk(logits, torch.arange(3, device=DEVICE), Scale(), True, outputs)
+        BACKEND.scale_(logits, torch.ones((), device=DEVICE))
+        BACKEND.score_chunk(logits[:0], torch.arange(0, device=DEVICE), Scale(), True, outputs)
+        BACKEND.scale_(logits[:0], torch.ones((), device=DEVICE))
+    kernels = launchers.chunk_kernels
+    assert [(kernel, programs) for kernel, programs, _ in launches] == [
+        (kernels.chunk_kernel, 3),
+        (kernels.scale_kernel, 1),
+    ]
+
+
 class _Operators(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -136,6 +152,7 @@ def test_launchers_run_no_other_kernel(packed):
     desirable = torch.tensor([True, False, True], device=DEVICE)
     side, options = Sequences(rows), LossOptions(0.1, 1.0, 1.0, True, "mean")
     once = torch.ones((), device=DEVICE).expand(3)  # the gradient of a sum: strides of 0
+    chunk_labels = torch.zeros(6, dtype=torch.int64, device=DEVICE)
 
     def run():
         result = BACKEND.kto_forward(rows, Scale(), desirable, side, 0.0, side, side, options)
@@ -143,13 +160,16 @@ def test_launchers_run_no_other_kernel(packed):
         saved = (result.coefficients, result.token_logps, result.statistics)
         BACKEND.logits_backward(rows, Scale(), once, *saved, out)
         BACKEND.token_logps(rows, Scale())
+        chunk = torch.empty(6, vocab, device=DEVICE)
+        BACKEND.score_chunk(chunk, chunk_labels, Scale(), True, OUTPUTS)
+        BACKEND.scale_(chunk, once[0])
 
     run()  # the counters are allocated once
     with _Operators() as operators:
         run()
     # The interpreter finds its way from tensors to memory by set_, and copies storages onto themselves.
     interpreter = {"set_", "copy_", "new_empty", "_to_copy"} if launchers.INTERPRETED else set()
-    views = {"unsqueeze", "view", "slice", "detach"}
+    views = {"unsqueeze", "view", "slice", "select", "detach"}
     assert operators.names <= {"empty", "empty_like"} | views | interpreter
 
 
@@ -164,7 +184,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from kto_kernels.backends import triton as launchers
-from kto_kernels.rows import LossOptions, Rows, Scale, Sequences
+from kto_kernels.rows import OUTPUTS, LossOptions, Rows, Scale, Sequences
 
 launchers._processors = lambda device: 132
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -194,6 +214,11 @@ for step, (b, t, k, u) in enumerate([(1, 1, 1, 1), (2, 3, 5, 7), (16, 16, 16, 16
     out = triton.kto_forward(policy, scale, desirable, Sequences(policy), 0.0, Sequences(kl), Sequences(kl), options)
     grad = torch.ones(()).expand(b)
     triton.logits_backward(policy, scale, grad, out.coefficients, out.token_logps, out.statistics, policy.logits)
+    chunk = policy.logits[0]
+    triton.score_chunk(chunk, policy.labels[0, : len(chunk)], scale, True, OUTPUTS)
+    if step != 1:  # contiguous from any address, more than 32 bits count
+        flat = torch.empty(1 + step)[step % 2 :]
+        triton.scale_(flat if step < 4 else flat[:1].expand(2**33), torch.ones(2)[step % 2])
 print({name: len(found) for name, found in keys.items()})
 """
 
@@ -201,7 +226,8 @@ print({name: len(found) for name, found in keys.items()})
 def test_one_compilation_serves_every_batch():
     """By Triton's own cache keys: the types and specialisations of the arguments, and the constants."""
     counts = in_fresh_process(_KEYS)
-    assert counts.strip() == "{'token_logps_kernel': 1, 'forward_kernel': 1, 'logits_backward_kernel': 1}"
+    names = ("token_logps", "forward", "logits_backward", "chunk", "scale")
+    assert counts.strip() == str({f"{name}_kernel": 1 for name in names})
 
 
 def test_block_sizes_depend_on_dtype_alone():
@@ -408,6 +434,105 @@ def test_gradient_where_loads_and_stores_are_aligned_differently(lead, dtype, po
     assert torch.equal(fresh, in_place)
 
 
+# A chunk of logits ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chunk_tile(dtype: torch.dtype) -> int:
+    return math.prod(launchers.blocks(dtype, launchers.CHUNK_THREADS).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("scale", [Scale(), Scale(1.5, 4.0, 0.7)], ids=str)
+@pytest.mark.parametrize("lead", [0, 3])
+def test_chunk_at_any_alignment(lead, scale, dtype, poisoned_memory):
+    """Rows of two tiles, one that is not full and an edge, at every distance from an aligned address; a label in each
+    part of a row and at its borders; masked logits. What lies between the rows stays as it is."""
+    tile = chunk_tile(dtype)
+    vocab = 2 * tile + tile // 3 + 1
+    at = [0, 1, 7, tile - 1, tile, tile + 8, 2 * tile + 9, vocab - 2, vocab - 1]
+    storage = torch.full((len(at) * (vocab + 3) + lead,), torch.nan, dtype=dtype, device=DEVICE)
+    logits = storage[lead:].view(len(at), vocab + 3)[:, :vocab]
+    logits.copy_(2 * torch.randn(logits.shape))
+    logits[:, 100:200] = -torch.inf
+    labels = torch.tensor([at, at], device=DEVICE).t()[:, 1]
+    logits[::2] = logits[::2].scatter(-1, labels[::2, None], 12.0)
+    before = logits.clone()
+    scores = BACKEND.score_chunk(logits, labels, scale, True, OUTPUTS)
+    exact = reference.outputs(before.double(), labels, OUTPUTS, **vars(scale))
+    logps = reference.token_logps(before.double(), labels, **vars(scale))
+    ones = torch.ones(len(at), dtype=torch.float64, device=DEVICE)
+    grad = reference.token_logps_grad(before.double(), labels, ones, **vars(scale))
+    torch.testing.assert_close(scores.logps.double(), logps, rtol=2e-6, atol=1e-14)
+    torch.testing.assert_close(scores.entropy.double(), exact["entropy"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(scores.mean_logits.double(), exact["mean_logits"], rtol=1e-6, atol=1e-6)
+    assert scores.is_top1.tolist() == [i % 2 == 0 for i in range(len(at))]
+    torch.testing.assert_close(logits.double(), grad, rtol=2 * max(torch.finfo(dtype).eps, 1e-6), atol=3e-7)
+    gaps = storage[lead:].view(len(at), vocab + 3)[:, vocab:]
+    assert gaps.isnan().all() and storage[:lead].isnan().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0])
+def test_the_first_of_equal_logits_is_the_top(softcap, poisoned_memory):
+    """Found again in a second pass, over blocks of its own; under a softcap, among logits whose tanh is 1 as well."""
+    vocab = 2 * launchers.CHUNK_THREADS * 8 + 5
+    at = [0, 5, 3000, vocab - 1]
+    logits = torch.zeros(len(at) * 2, vocab, dtype=torch.bfloat16, device=DEVICE)
+    logits[: len(at), at] = 40.0
+    labels = torch.tensor(at * 2, device=DEVICE)
+    logits[range(len(at), len(at) * 2), labels[len(at) :]] = 40.0
+    logits[len(at) :, 77] = 39.75  # in fp32 its tanh is no less
+    scores = BACKEND.score_chunk(logits, labels, Scale(softcap=softcap), False, ("is_top1",))
+    assert scores.is_top1.tolist() == [True, False, False, False] + [True] * len(at)
+
+
+def test_a_row_with_a_nan_has_no_top(poisoned_memory):
+    logits = torch.tensor([[1.0, torch.nan, 5.0], [torch.nan, 0.0, 1.0], [1.0, torch.inf, 0.0]], device=DEVICE)
+    labels = torch.tensor([2, 0, 0], device=DEVICE)
+    scores = BACKEND.score_chunk(logits, labels, Scale(), False, ("is_top1",))
+    assert scores.is_top1.tolist() == [False] * 3
+    assert scores.logps.isnan().all()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_chunk_scored_twice_gives_the_same_bits(gradient, poisoned_memory):
+    logits = torch.randn(4, 20011, device=DEVICE).to(torch.bfloat16)
+    labels = torch.randint(20011, (4,), device=DEVICE)
+    first, second = logits.clone(), logits.clone()
+    results = [vars(BACKEND.score_chunk(x, labels, Scale(), gradient, OUTPUTS)) for x in (first, second)]
+    assert_same_bits(*results)
+    assert torch.equal(first, second)
+    assert torch.equal(first, logits) != gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("count", [1, 7, 4096, 150_001])  # the last: several tiles a program
+@pytest.mark.parametrize("lead", [0, 1, 5])
+def test_scaling_at_any_alignment(lead, count, dtype):
+    """Rounded once, from an fp32 or fp64 factor; what lies around stays as it is."""
+    storage = torch.randn(lead + count + 9, device=DEVICE).to(dtype)
+    before = storage.clone()
+    for factor in (0.3, -2.0):
+        expected = (storage[lead : lead + count].float() * factor).to(dtype)
+        given = torch.tensor(factor, dtype=torch.float64 if factor == 0.3 else torch.float32, device=DEVICE)
+        BACKEND.scale_(storage[lead : lead + count], given)
+        assert torch.equal(storage[lead : lead + count], expected)
+    for around in (slice(0, lead), slice(lead + count, None)):
+        assert torch.equal(storage[around], before[around])
+
+
+@interpreted
+def test_a_factor_of_one_reads_nothing_but_itself(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    loads, load = [], interpreter_builder.create_masked_load
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", lambda *a: loads.append(a) or load(*a))
+    tensor = torch.randn(50)
+    BACKEND.scale_(tensor, torch.tensor(1.0))
+    once = len(loads)
+    BACKEND.scale_(tensor, torch.tensor(2.0))
+    assert (once, len(loads)) == (1, 4)  # the factor; the factor, a tile and the edge
+
+
 # Sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -489,6 +614,13 @@ def test_machine_code_reads_vectors_and_spills_nothing():
         if row["kernel"] == "logits_backward":
             assert loads["128"] == unroll + 1, row
             assert stores["128"] >= unroll + 2, row
+        elif row["kernel"] == "chunk":
+            vectors = launchers.CHUNK_SOFTCAP_UNROLL if "softcap" in row["variant"] else unroll
+            passes = 3 if "gradient" in row["variant"] else 2  # as the others, then once more to overwrite
+            assert loads["128"] == passes * vectors + passes - 1, row
+            assert stores.get("128", 0) == (passes - 2) * (vectors + 1), row
+        elif row["kernel"] == "scale":
+            assert loads["128"] == stores["128"] == unroll, row
         else:
             assert loads["128"] == 2 * unroll + 1, row  # a tile, the label's tile, the last one's vectors
             if "float16" in row["variant"]:
@@ -564,6 +696,27 @@ def test_captured_in_a_graph(tokens):
         given.logits.copy_(torch.randn_like(given.logits))
         graph.replay()
         assert_same_bits(loss_and_gradient(given, torch.bfloat16), captured)
+
+
+@on_gpu
+def test_a_chunk_never_waits_for_the_device():
+    logits = torch.randn(500, 32003, device=DEVICE).to(torch.bfloat16)
+    labels, factor = torch.randint(32003, (500,), device=DEVICE), torch.tensor(0.3, device=DEVICE)
+
+    def step():
+        x = logits.clone()
+        scores = BACKEND.score_chunk(x, labels, Scale(), True, OUTPUTS)
+        BACKEND.scale_(x, factor)
+        return {**vars(scores), "gradient": x}
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [step() for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for results in found:
+        assert_same_bits(expected, results)
 
 
 @on_gpu

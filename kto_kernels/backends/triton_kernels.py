@@ -14,23 +14,19 @@ import triton.language as tl
 
 from .triton_rows import (
     BYTES,
-    LOG2E,
-    aligned_head,
     difference,
     edge_positions,
-    expm1,
     find_row,
     kernel,
-    narrow,
     offset,
     place,
-    score,
     score_row,
     sequence_of,
     share_of_tiles,
     sigmoid,
     tile_lanes,
     widen,
+    write_gradient,
 )
 
 # Stage token_logps ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -377,16 +373,6 @@ def forward_kernel(
 # The gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@triton.jit
-def _gradient(x, reference, factor, inner, rate, SOFTCAP: tl.constexpr):
-    """−g·p·dz/dx of some logits; the label's is another."""
-    u = score(x, inner, SOFTCAP)
-    gradient = tl.exp2((u - reference) * rate) * factor
-    if SOFTCAP:
-        gradient = gradient * (1.0 - u * u)
-    return gradient
-
-
 @kernel
 def logits_backward_kernel(
     logits,  # (B, T, V) or (N, V)
@@ -403,7 +389,6 @@ def logits_backward_kernel(
     ignore_index: tl.int64,
     inner: tl.float64,
     scale: tl.float64,
-    slope: tl.float64,  # dz/dx, times 1 − u² under a softcap
     grad,  # like labels; with coefficients (B,) or (), both as (B, 1)
     grad_stride_b: tl.int64,
     grad_stride_t: tl.int64,
@@ -421,8 +406,6 @@ def logits_backward_kernel(
     VECTOR: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    TILE: tl.constexpr = UNROLL * THREADS * VECTOR
-    dtype: tl.constexpr = out.dtype.element_ty
     n = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     row, label = find_row(
@@ -444,62 +427,23 @@ def logits_backward_kernel(
         else:
             g = tl.load(grad + offset(b, t, grad_stride_b, grad_stride_t)).to(tl.float64)
 
-    # Stores are aligned; loads too where the gradient lies as the logits do, which it does in place.
-    head = aligned_head(out_row, vocab, VECTOR)
-    out_body = tl.multiple_of(out_row + head, BYTES)
-    length = (vocab - head) // VECTOR * VECTOR
-    first, whole, last = share_of_tiles(length // TILE, tl.cdiv(length, TILE), split, splits)
-    lanes = tile_lanes(UNROLL, THREADS, VECTOR)
-    vectors = tile_lanes(1, THREADS, VECTOR)
-    v = edge_positions(head, length, VECTOR)
-    has_edge = (split == 0) & (length < vocab)
     if g == 0.0:
+        dtype: tl.constexpr = out.dtype.element_ty
+        head, length, first, _, last = share_of_tiles(out_row, vocab, split, splits, UNROLL, THREADS, VECTOR)
+        out_body = tl.multiple_of(out_row + head, BYTES)
+        vectors = tile_lanes(1, THREADS, VECTOR)
         zeros = tl.zeros((1, THREADS, VECTOR), dtype)
+        TILE: tl.constexpr = UNROLL * THREADS * VECTOR
         for start in range(first * TILE, tl.minimum(last * TILE, length), THREADS * VECTOR):
             tl.store(out_body + start + vectors, zeros, mask=vectors // VECTOR < (length - start) // VECTOR)
-        if has_edge:
+        if (split == 0) & (length < vocab):
+            v = edge_positions(head, length, VECTOR)
             tl.store(out_row + v, tl.zeros((2 * VECTOR,), dtype), mask=v < vocab)
     else:
-        z_scale = tl.full((), scale, tl.float64)
-        rate = (z_scale * LOG2E).to(tl.float32)
-        u_inner = tl.full((), inner, tl.float32)
-        reference = tl.load(statistics + n)
-        reference = tl.where(reference == float("-inf"), 0.0, reference)
-        row_sum = tl.load(statistics + n_rows + n).to(tl.float64)
         logp = tl.load(token_logps + n).to(tl.float64)
-        upstream = g * slope
-        factor = (-upstream / tl.where(row_sum == 0.0, 1.0, row_sum)).to(tl.float32)
-        # 1 − p from the log-probability: rounding p first would lose every near-certain token.
-        entry = upstream * -expm1(logp)
-        if SOFTCAP:
-            y = score(tl.load(row + label), u_inner, SOFTCAP).to(tl.float64)
-            entry = entry * (1.0 - y * y)
-            tl.debug_barrier()  # in place: every thread has read the label's logit before one overwrites it
-        body = row + head
-        aligned_body = tl.multiple_of(row + head, BYTES)
-        aligned = (body.to(tl.int64) & (BYTES - 1)) == 0
-        for tile in range(first, whole):
-            start = tile * TILE
-            if aligned:
-                x = tl.load(aligned_body + start + lanes, eviction_policy="evict_first")
-            else:
-                x = tl.load(body + start + lanes)
-            gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_body + start + lanes, narrow(gradient, dtype, INTERPRETED))
-        for start in range(whole * TILE, tl.minimum(last * TILE, length), THREADS * VECTOR):
-            inside = vectors // VECTOR < (length - start) // VECTOR
-            if aligned:
-                x = tl.load(aligned_body + start + vectors, mask=inside, other=0.0, eviction_policy="evict_first")
-            else:
-                x = tl.load(body + start + vectors, mask=inside, other=0.0)
-            gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_body + start + vectors, narrow(gradient, dtype, INTERPRETED), mask=inside)
-        if has_edge:
-            x = tl.load(row + v, mask=v < vocab, other=0.0)
-            gradient = _gradient(x, reference, factor, u_inner, rate, SOFTCAP)
-            tl.store(out_row + v, narrow(gradient, dtype, INTERPRETED), mask=v < vocab)
-        at = label - head
-        in_tiles = (at >= first * TILE) & (at < tl.minimum(last * TILE, length))
-        if in_tiles | (has_edge & ((at < 0) | (at >= length))):  # the program that wrote −g·p there
-            tl.debug_barrier()
-            tl.store(out_row + label, narrow(entry.to(tl.float32), dtype, INTERPRETED))
+        row_max = tl.load(statistics + n)
+        row_sum = tl.load(statistics + n_rows + n).to(tl.float64)
+        write_gradient(
+            row, out_row, label, g, logp, row_max, row_sum, split, splits, vocab, inner, scale,
+            SOFTCAP, UNROLL, THREADS, VECTOR, INTERPRETED
+        )  # fmt: skip

@@ -1,4 +1,5 @@
-"""What the Triton kernels do to one row of logits: find it and its label, and take the softmax of it or of a share.
+"""What the Triton kernels do to one row of logits or to a share of it: find it and its label, take its softmax, write
+its gradient.
 
 The logits are read in tiles of UNROLL vectors of 16 bytes a thread, all loaded before the first is used. A row may
 start anywhere: tiles begin at its first aligned address, and the few elements in front of it and behind the last whole
@@ -13,6 +14,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum's start: finite, so that −inf − maximum is no NaN
+FLOOR = tl.constexpr(-200.0)  # 2^FLOOR is 0 in fp32, and unlike 2^−inf · −inf it stays so times its exponent
 BYTES = tl.constexpr(16)  # of one vector load
 
 
@@ -179,12 +181,16 @@ def tile_lanes(UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
 
 
 @triton.jit
-def share_of_tiles(whole, tiles, split, splits):
-    """Share `split` of a row's tiles, of which the first `whole` are full: the full ones are [first, whole), and where
-    whole < last one more follows."""
+def share_of_tiles(row, vocab, split, splits, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """How many elements lie in front of a row's tiles and in them, and share `split` of the tiles: the full ones are
+    [first, whole), and where whole < last one more follows."""
+    TILE: tl.constexpr = UNROLL * THREADS * VECTOR
+    head = aligned_head(row, vocab, VECTOR)
+    length = (vocab - head) // VECTOR * VECTOR
+    tiles = tl.cdiv(length, TILE)
     first = split * tiles // splits
     last = (split + 1) * tiles // splits
-    return first, tl.minimum(last, whole), last
+    return head, length, first, tl.minimum(last, length // TILE), last
 
 
 @triton.jit
@@ -198,65 +204,93 @@ def edge_positions(head, length, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def fold(u, running_max, running_sum, rate):
-    """Adds a tile of scores to each thread's running softmax. No NaN but from NaN or +inf: the maximum is finite."""
-    tile_max = tl.max(tl.max(u, axis=2), axis=0)
-    new_max = tl.maximum(running_max, tile_max)
-    terms = tl.exp2((u - new_max[None, :, None]) * rate)
-    kept = running_sum * tl.exp2((running_max - new_max) * rate)
-    return new_max, kept + tl.sum(tl.sum(terms, axis=2), axis=0)
+def tile_sum(values):
+    return tl.sum(tl.sum(values, axis=2), axis=0)
 
 
 @triton.jit
-def rescaled_sum(sums, maxima, maximum, rate):
-    """Sum in fp64 of sums that were taken below `maxima`, below `maximum`."""
-    return tl.sum(sums.to(tl.float64) * tl.exp2((maxima - maximum) * rate).to(tl.float64), axis=0)
+def lowered(sums, moments, shift, ENTROPY: tl.constexpr):
+    """Sums of 2^d, and with ENTROPY of 2^d·d, once every d has grown by `shift` <= 0."""
+    kept = tl.exp2(shift).to(sums.dtype)
+    if ENTROPY:
+        moments = (moments + sums * tl.maximum(shift, FLOOR)) * kept
+    return sums * kept, moments
+
+
+@triton.jit
+def fold(u, running_max, running_sum, running_moment, rate, ENTROPY: tl.constexpr):
+    """Adds a tile of scores to each thread's running softmax. No NaN but from NaN or +inf: the maximum is finite."""
+    tile_max = tl.max(tl.max(u, axis=2), axis=0)
+    new_max = tl.maximum(running_max, tile_max)
+    d = (u - new_max[None, :, None]) * rate
+    terms = tl.exp2(d)
+    kept_sum, running_moment = lowered(running_sum, running_moment, (running_max - new_max) * rate, ENTROPY)
+    if ENTROPY:
+        running_moment += tile_sum(terms * tl.maximum(d, FLOOR))
+    return new_max, kept_sum + tile_sum(terms), running_moment
 
 
 @triton.jit
 def softmax_share(
-    row, vocab, label, split, splits, inner, rate,
+    row, vocab, label, split, splits, inner, rate, ENTROPY: tl.constexpr, MEAN: tl.constexpr, EVICTION: tl.constexpr,
     SOFTCAP: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """(max, sum in fp64) over share `split` of the row's scores but the label's; (LOWEST, 0) where there is none."""
+    """(max, sum, moment) over share `split` of the row's scores but the label's, (LOWEST, 0, 0) where there is none:
+    with d = (score − max)·rate, the sum of 2^d and, for ENTROPY, of 2^d·d. Last, for MEAN, the sum of all its scores.
+    fp64 but for the maximum."""
     TILE: tl.constexpr = UNROLL * THREADS * VECTOR
-    head = aligned_head(row, vocab, VECTOR)
+    head, length, first, whole, last = share_of_tiles(row, vocab, split, splits, UNROLL, THREADS, VECTOR)
     body = tl.multiple_of(row + head, BYTES)
-    length = (vocab - head) // VECTOR * VECTOR
-    first, whole, last = share_of_tiles(length // TILE, tl.cdiv(length, TILE), split, splits)
     at = label - head
     label_tile = tl.where(at >= 0, at // TILE, -1)
     running_max = tl.full((THREADS,), LOWEST, tl.float32)
     running_sum = tl.zeros((THREADS,), tl.float32)
+    running_moment = tl.zeros((THREADS,), tl.float32)
+    running_total = tl.zeros((THREADS,), tl.float32)
     lanes = tile_lanes(UNROLL, THREADS, VECTOR)
     if (label_tile >= first) & (label_tile < whole):
         start = label_tile * TILE
-        u = score(tl.load(body + start + lanes, eviction_policy="evict_first"), inner, SOFTCAP)
+        u = score(tl.load(body + start + lanes, eviction_policy=EVICTION), inner, SOFTCAP)
+        if MEAN:
+            running_total += tile_sum(u)
         u = tl.where(lanes == at - start, float("-inf"), u)
-        running_max, running_sum = fold(u, running_max, running_sum, rate)
+        running_max, running_sum, running_moment = fold(u, running_max, running_sum, running_moment, rate, ENTROPY)
     for tile in range(first, whole):
         if tile != label_tile:
-            u = score(tl.load(body + tile * TILE + lanes, eviction_policy="evict_first"), inner, SOFTCAP)
-            running_max, running_sum = fold(u, running_max, running_sum, rate)
+            u = score(tl.load(body + tile * TILE + lanes, eviction_policy=EVICTION), inner, SOFTCAP)
+            if MEAN:
+                running_total += tile_sum(u)
+            running_max, running_sum, running_moment = fold(u, running_max, running_sum, running_moment, rate, ENTROPY)
     # The last tile where it is not full, one vector a thread at a time: masks cost registers.
     vectors = tile_lanes(1, THREADS, VECTOR)
     for start in range(whole * TILE, tl.minimum(last * TILE, length), THREADS * VECTOR):
         # The mask in whole vectors, so that the loads stay vectors.
         inside = vectors // VECTOR < (length - start) // VECTOR
-        x = tl.load(body + start + vectors, mask=inside, other=0.0, eviction_policy="evict_first")
-        u = tl.where(inside & (vectors != at - start), score(x, inner, SOFTCAP), float("-inf"))
-        running_max, running_sum = fold(u, running_max, running_sum, rate)
+        u = score(tl.load(body + start + vectors, mask=inside, other=0.0, eviction_policy=EVICTION), inner, SOFTCAP)
+        if MEAN:
+            running_total += tile_sum(u)
+        u = tl.where(inside & (vectors != at - start), u, float("-inf"))
+        running_max, running_sum, running_moment = fold(u, running_max, running_sum, running_moment, rate, ENTROPY)
     share_max = tl.max(running_max, axis=0)
-    share_sum = rescaled_sum(running_sum, running_max, share_max, rate)
+    shift = (running_max - share_max) * rate
+    sums, moments = lowered(running_sum.to(tl.float64), running_moment.to(tl.float64), shift, ENTROPY)
+    share_sum, share_moment = tl.sum(sums, axis=0), tl.sum(moments, axis=0)
+    share_total = tl.sum(running_total.to(tl.float64), axis=0)
     if (split == 0) & (length < vocab):
         v = edge_positions(head, length, VECTOR)
         u = score(tl.load(row + v, mask=v < vocab, other=0.0), inner, SOFTCAP)
+        if MEAN:
+            share_total += tl.sum(u.to(tl.float64), axis=0)
         u = tl.where((v < vocab) & (v != label), u, float("-inf"))
         top = tl.maximum(share_max, tl.max(u, axis=0))
-        share_sum = share_sum * tl.exp2((share_max - top) * rate).to(tl.float64)
-        share_sum += tl.sum(tl.exp2((u - top) * rate).to(tl.float64), axis=0)
+        d = (u - top) * rate
+        terms = tl.exp2(d).to(tl.float64)
+        share_sum, share_moment = lowered(share_sum, share_moment, (share_max - top) * rate, ENTROPY)
+        share_sum += tl.sum(terms, axis=0)
+        if ENTROPY:
+            share_moment += tl.sum(terms * tl.maximum(d, FLOOR), axis=0)
         share_max = top
-    return share_max, share_sum
+    return share_max, share_sum, share_moment, share_total
 
 
 @triton.jit
@@ -267,7 +301,8 @@ def merge_shares(shares, splits, rate, MAX_SPLITS: tl.constexpr):
     share_max = tl.load(shares + 2 * i, mask=i < splits, other=LOWEST, cache_modifier=".cg").to(tl.float32)
     share_sum = tl.load(shares + 2 * i + 1, mask=i < splits, other=0.0, cache_modifier=".cg")
     row_max = tl.max(share_max, axis=0)
-    return row_max, rescaled_sum(share_sum, share_max, row_max, rate)
+    sums, _ = lowered(share_sum, share_sum, (share_max - row_max) * rate, False)
+    return row_max, tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -285,8 +320,8 @@ def score_row(
     all_max = logp
     all_sum = logp
     if label >= 0:
-        row_max, row_sum = softmax_share(
-            row, vocab, label, split, splits, inner, rate, SOFTCAP, UNROLL, THREADS, VECTOR
+        row_max, row_sum, _, _ = softmax_share(
+            row, vocab, label, split, splits, inner, rate, False, False, "evict_first", SOFTCAP, UNROLL, THREADS, VECTOR
         )
         if splits > 1:
             share = shares + 2 * (unit * splits + split)
@@ -301,3 +336,76 @@ def score_row(
             y = score(tl.load(row + label), inner, SOFTCAP)
             logp, all_max, all_sum = label_logp(row_max, row_sum, y, scale)
     return logp, all_max, all_sum, finished
+
+
+# The gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def gradient_of(x, reference, factor, inner, rate, SOFTCAP: tl.constexpr):
+    """−g·p·dz/dx of some logits; the label's is another."""
+    u = score(x, inner, SOFTCAP)
+    gradient = tl.exp2((u - reference) * rate) * factor
+    if SOFTCAP:
+        gradient = gradient * (1.0 - u * u)
+    return gradient
+
+
+@triton.jit
+def write_gradient(
+    row, out_row, label, upstream, logp, row_max, row_sum, split, splits, vocab, inner, scale,
+    SOFTCAP: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """`upstream · ∂ℓ/∂logits` of a row or of a share of it, from the label's log-probability and the softmax's (max,
+    sum); `out_row` may be the row itself."""
+    TILE: tl.constexpr = UNROLL * THREADS * VECTOR
+    dtype: tl.constexpr = out_row.dtype.element_ty
+    # Stores are aligned; loads too where the gradient lies as the logits do, which it does in place.
+    head, length, first, whole, last = share_of_tiles(out_row, vocab, split, splits, UNROLL, THREADS, VECTOR)
+    out_body = tl.multiple_of(out_row + head, BYTES)
+    body = row + head
+    aligned_body = tl.multiple_of(row + head, BYTES)
+    aligned = (body.to(tl.int64) & (BYTES - 1)) == 0
+    lanes = tile_lanes(UNROLL, THREADS, VECTOR)
+    vectors = tile_lanes(1, THREADS, VECTOR)
+    has_edge = (split == 0) & (length < vocab)
+
+    z_scale = tl.full((), scale, tl.float64)
+    rate = (z_scale * LOG2E).to(tl.float32)
+    u_inner = tl.full((), inner, tl.float32)
+    reference = tl.where(row_max == float("-inf"), 0.0, row_max.to(tl.float32))
+    upstream = upstream * z_scale * inner  # dz/dx, times 1 − u² under a softcap
+    factor = (-upstream / tl.where(row_sum == 0.0, 1.0, row_sum)).to(tl.float32)
+    # 1 − p from the log-probability: rounding p first would lose every near-certain token.
+    entry = upstream * -expm1(logp)
+    if SOFTCAP:
+        y = score(tl.load(row + label), u_inner, SOFTCAP).to(tl.float64)
+        entry = entry * (1.0 - y * y)
+    tl.debug_barrier()  # in place: every thread has read what it must of the logits before one overwrites them
+    # From the end to the beginning: what was read last is the likeliest to be in the cache still.
+    if has_edge:
+        v = edge_positions(head, length, VECTOR)
+        x = tl.load(row + v, mask=v < vocab, other=0.0)
+        gradient = gradient_of(x, reference, factor, u_inner, rate, SOFTCAP)
+        tl.store(out_row + v, narrow(gradient, dtype, INTERPRETED), mask=v < vocab)
+    for start in range(whole * TILE, tl.minimum(last * TILE, length), THREADS * VECTOR):
+        inside = vectors // VECTOR < (length - start) // VECTOR
+        if aligned:
+            x = tl.load(aligned_body + start + vectors, mask=inside, other=0.0, eviction_policy="evict_first")
+        else:
+            x = tl.load(body + start + vectors, mask=inside, other=0.0)
+        gradient = gradient_of(x, reference, factor, u_inner, rate, SOFTCAP)
+        tl.store(out_body + start + vectors, narrow(gradient, dtype, INTERPRETED), mask=inside)
+    for tile in range(first, whole):
+        start = (first + whole - 1 - tile) * TILE
+        if aligned:
+            x = tl.load(aligned_body + start + lanes, eviction_policy="evict_first")
+        else:
+            x = tl.load(body + start + lanes)
+        gradient = gradient_of(x, reference, factor, u_inner, rate, SOFTCAP)
+        tl.store(out_body + start + lanes, narrow(gradient, dtype, INTERPRETED))
+    at = label - head
+    in_tiles = (at >= first * TILE) & (at < tl.minimum(last * TILE, length))
+    if in_tiles | (has_edge & ((at < 0) | (at >= length))):  # the program that wrote −g·p there
+        tl.debug_barrier()
+        tl.store(out_row + label, narrow(entry.to(tl.float32), dtype, INTERPRETED))
