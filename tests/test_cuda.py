@@ -18,7 +18,7 @@ from test_kto_loss import CASES
 
 from kto_kernels import kto_loss, reference, token_logps
 from kto_kernels.backends import cuda
-from kto_kernels.rows import Rows, Scale
+from kto_kernels.rows import OUTPUTS, Rows, Scale
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,13 +171,131 @@ def test_infinities_and_nans_in_split_rows(dtype, emulation, splits):
         test_numerics.test_nan_and_inf_stay_in_their_sequence(poison, ("cuda", "cpu"))
 
 
+# A chunk ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def score(logits, labels, scale=None, gradient=True, outputs=OUTPUTS):
+    return cuda.CudaBackend().score_chunk(logits, labels, scale or Scale(), gradient, outputs)
+
+
+def same_scores(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("logps", *OUTPUTS))
+
+
+# Every alignment; the label in front of a row's vectors, in them and behind.
+@dtypes
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocab", [5, 300, 2111])
+def test_a_chunk_is_the_forward_and_the_backward(vocab, softcap, dtype, emulation, splits):
+    splits(1)
+    backend, scale = cuda.CudaBackend(), Scale(0.7, softcap, 1.3)
+    labels = torch.tensor([0, vocab - 1, vocab // 2, 3, 1])
+    rows = 3 * torch.randn(5, vocab)
+    for offset in range(16 // dtype.itemsize):
+        wide = torch.full((5 * (vocab + 1) + offset,), 99.0).to(dtype)
+        logits = wide[offset:].view(5, vocab + 1)[:, :vocab]
+        logits.copy_(rows)
+        set_of_rows = Rows(logits, labels, None, False, -1)
+        logps, statistics = backend.token_logps(set_of_rows, scale)
+        exact = reference.outputs(logits.double(), labels, OUTPUTS, **vars(scale))
+        expected = wide.clone()
+        grad = expected[offset:].view(5, vocab + 1)[:, :vocab]
+        backend.logits_backward(set_of_rows, scale, torch.ones(5), None, logps, statistics, grad)
+        before = wide.clone()
+        alone = score(logits, labels, scale, gradient=False)
+        assert torch.equal(wide, before)
+        scores = score(logits, labels, scale)
+        assert torch.equal(wide, expected)  # and nothing around the rows is written
+        assert same_scores(scores, alone)
+        assert torch.equal(scores.logps, logps)
+        torch.testing.assert_close(scores.entropy.double(), exact["entropy"], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(scores.mean_logits.double(), exact["mean_logits"], rtol=2e-6, atol=2e-6)
+        assert torch.equal(scores.is_top1, exact["is_top1"])
+
+
+@dtypes
+def test_top1_is_the_first_of_equals(dtype, emulation):
+    for offset in range(5):
+        logits = torch.randint(3, (200, 77 + offset)).to(dtype)[:, offset:]
+        logits[:20, -1] = 3.0
+        logits[20:40] = -torch.inf
+        first = logits.argmax(-1)
+        labels = torch.where(torch.rand(200) < 0.5, first, torch.randint(77, (200,)))
+        labels[20] = 0
+        labels[:20:2] = 76
+        is_top1 = score(logits, labels, gradient=False, outputs=("is_top1",)).is_top1
+        assert torch.equal(is_top1, labels == first)
+
+
+# The running maximum moves at every step, or never; what is masked vanishes, whatever it is masked by.
+@dtypes
+@pytest.mark.parametrize("mask", [None, -math.inf, "lowest"])
+@pytest.mark.parametrize("span", [(-40, 40), (40, -40), (0, 0), (-3000, 3000)], ids=str)
+def test_entropy_of_rows_in_order(span, mask, dtype, emulation):
+    logits = torch.linspace(*span, 9001).repeat(3, 1).to(dtype)
+    if mask is not None:
+        logits[:, ::7] = torch.finfo(dtype).min if mask == "lowest" else mask
+    labels = torch.tensor([0, 4000, 9000])
+    for scale in (Scale(), Scale(temperature=3.0)):
+        exact = reference.outputs(logits.double(), labels, ("entropy",), **vars(scale))["entropy"]
+        entropy = score(logits.clone(), labels, scale, outputs=("entropy",)).entropy
+        torch.testing.assert_close(entropy.double(), exact, rtol=3e-6, atol=3e-6)
+
+
+def test_a_row_without_a_possible_token(emulation):
+    logits = torch.full((2, 300), -torch.inf)
+    scores = score(logits, torch.tensor([0, 299]))
+    assert (scores.logps == -torch.inf).all() and (scores.entropy == 0).all()
+    assert scores.is_top1.tolist() == [True, False]
+    assert torch.isfinite(logits).all()
+
+
+def test_a_chunk_without_rows(emulation):
+    scores = score(torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
+    assert scores.logps.shape == scores.is_top1.shape == (0,)
+
+
+def test_any_order_of_threads_scores_a_chunk_to_the_same_bits(emulation):
+    logits, labels = 3 * torch.randn(4, 5003), torch.tensor([0, 5002, 77, 2500])
+    results = []
+    for seed in range(5):
+        emulation.set_order(seed)
+        buffer = logits.to(torch.bfloat16)
+        results.append((score(buffer, labels, Scale(softcap=9.0)), buffer))
+    for scores, gradient in results[1:]:
+        assert same_scores(scores, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+# 40_000: every block has several turns.
+@dtypes
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 300, 40_000])
+def test_scaling_in_place(count, factor_dtype, dtype, emulation):
+    factor = torch.tensor(-0.3, dtype=factor_dtype)
+    for offset in range(16 // dtype.itemsize):
+        wide = torch.randn(offset + count + 1).to(dtype)
+        expected = wide.clone()
+        inside = expected[offset : offset + count]
+        inside.copy_(inside.float() * factor.float())
+        cuda.CudaBackend().scale_(wide[offset : offset + count], factor)
+        assert torch.equal(wide, expected)
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64])
+def test_scaling_by_one_touches_nothing(factor_dtype, emulation):
+    """Arithmetic would make this signalling NaN a quiet one."""
+    tensor = torch.full((300,), 0x7F81, dtype=torch.int16).view(torch.bfloat16)
+    cuda.CudaBackend().scale_(tensor, torch.ones((), dtype=factor_dtype))
+    assert (tensor.view(torch.int16) == 0x7F81).all()
+
+
 # What the compiler makes of them ──────────────────────────────────────────────────────────────────────────────────────
 
 nvcc = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not there: nothing compiled")
 ARCHITECTURES = [80, 90, 100]
-# 3 types, with and without a softcap, forward and backward.
-KERNELS = 12
+# 3 types; forward, backward, and a chunk with and without outputs, each with and without a softcap; multiply.
+KERNELS = 3 * (4 * 2 + 1)
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +321,12 @@ def test_no_kernel_spills_or_uses_local_memory(arch, compiled):
     assert len(frames) == report.count("Compiling entry function") == KERNELS
     assert set(frames) == {("0", "0", "0")}, report
     assert "lmem" not in report and "cumulative stack" not in report
-    # 8 blocks of 128 threads on a multiprocessor's 65536 registers, 6 under a softcap.
-    registers = re.findall(r"entry function '\S*?ELb([01])E(?:.|\n)*?Used (\d+) registers", report)
+    # 8 blocks of 128 threads on a multiprocessor's 65536 registers, 6 under a softcap; 2 of a chunk's 384.
+    registers = re.findall(r"entry function '(\S+)'(?:.|\n)*?Used (\d+) registers", report)
     assert len(registers) == KERNELS
-    assert all(int(count) <= (80 if softcap == "1" else 64) for softcap, count in registers)
+    for name, count in registers:
+        roomy = "chunk" in name or re.search(r"(for|back)ward_kernel\S*ELb1E", name)
+        assert int(count) <= (80 if roomy else 64), (name, count)
 
 
 def _disassembler():
@@ -231,7 +351,7 @@ def test_bf16_kernels_move_vectors_of_16_bytes(arch, compiled):
     sass = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\S+)\n((?:(?!Function :)(?:.|\n))*)", sass))
     bf16 = {name: body for name, body in functions.items() if "5DTypeE2E" in name}
-    assert len(bf16) == 4
+    assert len(bf16) == KERNELS // 3
     for name, body in bf16.items():
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]+);", body)
         lines = [i for i, instruction in enumerate(instructions) if re.search(r"LDG\.E\.\S*128", instruction)]
@@ -239,9 +359,13 @@ def test_bf16_kernels_move_vectors_of_16_bytes(arch, compiled):
         # In flight together: the step's loads stand near each other, not each before its own arithmetic.
         closest = min(b - a for a, b in zip(lines, lines[cuda.UNROLL - 1 :]))
         assert closest <= 120, (name, closest)
-        if "backward" in name:
+        if "forward" not in name:
             assert re.search(r"STG\.E\.\S*128", body), name
         assert not re.search(r"\b(LDL|STL)\b", body), name
+        # What is read again must not be the first that L2 drops: evict-first (EF) are last reads only.
+        last = [i for i in instructions if re.search(r"LDG\.E\.EF\.128", i)]
+        assert len(last) >= cuda.UNROLL + 1, name
+        assert len(lines) - len(last) >= (cuda.UNROLL + 1 if "chunk" in name else 0), name
 
 
 # The extension ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,6 +429,13 @@ def test_a_launch_that_fails_names_its_kernel():
             rows=rows, scale=scale, grad=0, grad_stride=0, coefficients=0, logps=0, maximum=0, sum=0, out=0,
             out_stride_b=0, out_stride_t=0, splits=1, device=0, stream=0,
         )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"CUDA kernel chunk: \w+"):
+        native.score_chunk(
+            rows=rows, scale=scale, gradient=0, logps=0, entropy=0, mean_logits=0, is_top1=0, device=0, stream=0
+        )
+    with pytest.raises(RuntimeError, match=r"CUDA kernel multiply: \w+"):
+        factor = native.Values(data=0, type=0, stride=0)
+        native.multiply(data=0, dtype=0, count=1, factor=factor, blocks=1, device=0, stream=0)
 
 
 def test_asking_for_cuda_without_nvcc_is_an_error(monkeypatch):
@@ -346,15 +477,34 @@ def test_repeats_bitwise_on_a_gpu():
 
 @needs_gpu
 @pytest.mark.gpu
-def test_one_launch_forward():
+def test_one_launch_an_operation():
     p = problem().to(torch.bfloat16, "cuda")
     ours(p, "cuda")
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        kto_loss(p.logits, p.labels, p.desirable, **p.tensors, **p.options, backend="cuda")
-        torch.cuda.synchronize()
-    kernels = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
-    assert len(kernels) == 1 and "forward_kernel" in kernels[0], kernels
+    logits, labels = torch.randn(5, 300, device="cuda"), torch.arange(5, device="cuda")
+    factor = torch.tensor(0.3, device="cuda")
+    operations = {
+        "forward": lambda: kto_loss(p.logits, p.labels, p.desirable, **p.tensors, **p.options, backend="cuda"),
+        "chunk": lambda: score(logits, labels),
+        "multiply": lambda: cuda.CudaBackend().scale_(logits, factor),
+    }
+    for name, operation in operations.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            operation()
+            torch.cuda.synchronize()
+        kernels = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
+        assert len(kernels) == 1 and f"{name}_kernel" in kernels[0], kernels
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_scaling_does_not_wait():
+    tensor, factor = torch.randn(300, device="cuda"), torch.tensor(0.3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cuda.CudaBackend().scale_(tensor, factor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

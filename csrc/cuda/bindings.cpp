@@ -119,6 +119,30 @@ void bind(py::module_& m) {
       py::arg("coefficients"), py::arg("logps"), py::arg("maximum"), py::arg("sum"), py::arg("out"),
       py::arg("out_stride_b"), py::arg("out_stride_t"), py::arg("splits"), py::arg("device"),
       py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "score_chunk",
+      [](const Rows& rows, const Scale& scale, uintptr_t gradient, uintptr_t logps,
+         uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1, int device,
+         uintptr_t stream) {
+        launch_chunk({rows, scale, pointer<void>(gradient), pointer<float>(logps),
+                      pointer<float>(entropy), pointer<float>(mean_logits), pointer<bool>(is_top1)},
+                     {device, pointer<void>(stream)});
+      },
+      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("gradient"), py::arg("logps"),
+      py::arg("entropy"), py::arg("mean_logits"), py::arg("is_top1"), py::arg("device"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "multiply",
+      [](uintptr_t data, int dtype, int64_t count, const Values& factor, int blocks, int device,
+         uintptr_t stream) {
+        launch_multiply({pointer<void>(data), DType(dtype), count, factor, blocks},
+                        {device, pointer<void>(stream)});
+      },
+      py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("count"), py::arg("factor"),
+      py::arg("blocks"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -27,8 +27,13 @@ KTO_DEVICE float power_of_two(float x) {
 
 KTO_DEVICE float divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp; 0 for huge b
 
-// Logits are used once a kernel: they are the first that the caches may drop.
-KTO_DEVICE Vector load_vector(const void* p) { return __ldcs(static_cast<const Vector*>(p)); }
+// Logits are the first that the caches may drop, unless the kernel reads them `again`: L2 keeps
+// those, and L1, which is too small for a row, leaves them alone.
+template <bool kAgain>
+KTO_DEVICE Vector load_vector(const void* p) {
+  const auto* vector = static_cast<const Vector*>(p);
+  return kAgain ? __ldcg(vector) : __ldcs(vector);
+}
 KTO_DEVICE void store_vector(void* p, Vector v) { __stcs(static_cast<Vector*>(p), v); }
 
 template <DType kType>
@@ -72,14 +77,6 @@ class Block {
  public:
   static constexpr int kThreads = kSize;
 
-  struct Shared {
-    Share shares[kSize / 32];
-    double sums[kSize / 32];
-    bool last;
-  };
-
-  KTO_DEVICE explicit Block(Shared& shared) : shared_(shared) {}
-
   KTO_DEVICE unsigned index() const { return blockIdx.x; }
   KTO_DEVICE void barrier() { __syncthreads(); }
 
@@ -93,19 +90,33 @@ class Block {
     if (threadIdx.x == 0) f();
   }
 
-  // Joins the threads' shares, in one order; for thread 0.
-  template <class F, class Rescale, class Join>
-  KTO_DEVICE Share softmax(F&& f, Rescale&& rescale, Join&& join) {
-    Share share = f(int(threadIdx.x));
-    float maximum = share.maximum;
+  // What f returns to thread 0, for all threads. Between two of the same f there is a barrier.
+  template <class F>
+  KTO_DEVICE auto broadcast(F&& f) {
+    __shared__ decltype(f()) value;
+    if (threadIdx.x == 0) value = f();
+    __syncthreads();
+    return value;
+  }
+
+  // The sum of share_at(found, maximum) of what the threads found, in one order, at the maximum of
+  // all; for thread 0.
+  template <class F, class ShareAt>
+  KTO_DEVICE auto softmax(F&& f, ShareAt&& share_at) {
+    const auto found = f(int(threadIdx.x));
+    float maximum = found.maximum;
     for (int lane = 16; lane > 0; lane /= 2)
       maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, lane));
-    share = {rescale(share, maximum), maximum};
-    for (int lane = 16; lane > 0; lane /= 2) share.sum += __shfl_xor_sync(~0u, share.sum, lane);
-    if (threadIdx.x % 32 == 0) shared_.shares[threadIdx.x / 32] = share;
+    __shared__ float maxima[kSize / 32];
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
+    __syncthreads();
+    for (int warp = 0; warp < kSize / 32; ++warp) maximum = fmaxf(maximum, maxima[warp]);
+    auto share = add_lanes(share_at(found, maximum));
+    __shared__ decltype(share) shares[kSize / 32];
+    if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = share;
     __syncthreads();
     if (threadIdx.x == 0)
-      for (int warp = 1; warp < kSize / 32; ++warp) share = join(share, shared_.shares[warp]);
+      for (int warp = 1; warp < kSize / 32; ++warp) share = share + shares[warp];
     return share;
   }
 
@@ -123,10 +134,11 @@ class Block {
   template <class Term>
   KTO_DEVICE double total(Term&& term) {
     const double sum = add_lanes(term(int(threadIdx.x)));
-    if (threadIdx.x % 32 == 0) shared_.sums[threadIdx.x / 32] = sum;
+    __shared__ double sums[kSize / 32];
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     double all = 0;
-    for (int warp = 0; warp < kSize / 32; ++warp) all += shared_.sums[warp];
+    for (int warp = 0; warp < kSize / 32; ++warp) all += sums[warp];
     __syncthreads();  // the next total may overwrite them
     return all;
   }
@@ -135,13 +147,12 @@ class Block {
   // before is visible. The counter is 0 again afterwards.
   KTO_DEVICE bool arrive(unsigned* counter, int64_t count) {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    const bool last = broadcast([&] {
       __threadfence();
-      shared_.last = atomicAdd(counter, 1u) == count - 1;
-      if (shared_.last) *counter = 0;
-    }
-    __syncthreads();
-    const bool last = shared_.last;
+      const bool arrived_last = atomicAdd(counter, 1u) == count - 1;
+      if (arrived_last) *counter = 0;
+      return arrived_last;
+    });
     if (last) __threadfence();
     return last;
   }
@@ -152,15 +163,14 @@ class Block {
     for (int lane = 16; lane > 0; lane /= 2) sum = sum + shuffle(sum, lane);
     return sum;
   }
-  static KTO_DEVICE double shuffle(double value, int lane) {
-    return __shfl_xor_sync(~0u, value, lane);
-  }
   template <class Sum>
   static KTO_DEVICE Sum shuffle(Sum value, int lane) {
-    return {shuffle(value.sum, lane), shuffle(value.count, lane)};
+    unsigned parts[sizeof(Sum) / sizeof(unsigned)];
+    memcpy(parts, &value, sizeof(Sum));
+    for (unsigned& part : parts) part = __shfl_xor_sync(~0u, part, lane);
+    memcpy(&value, parts, sizeof(Sum));
+    return value;
   }
-
-  Shared& shared_;
 };
 
 }  // namespace kto

@@ -49,4 +49,19 @@ void launch_backward(const BackwardArguments& arguments, Target) {
   });
 }
 
+void launch_chunk(const ChunkArguments& arguments, Target) {
+  dispatch(arguments, [&](auto codec, auto softcap, auto outputs) {
+    run(arguments.rows.n_rows, [&](Block<kThreads>& block) {
+      chunk<decltype(codec), decltype(softcap)::value, decltype(outputs)::value>(block, arguments);
+    });
+  });
+}
+
+void launch_multiply(const MultiplyArguments& arguments, Target) {
+  with_type(arguments.dtype, [&](auto codec) {
+    run(arguments.blocks,
+        [&](Block<kThreads>& block) { multiply<decltype(codec)>(block, arguments); });
+  });
+}
+
 }  // namespace kto

@@ -25,7 +25,8 @@ inline float divide(float a, float b) { return a / b; }
 inline void check_aligned(const void* p) {
   if (uintptr_t(p) % sizeof(Vector) != 0) __builtin_trap();
 }
-inline Vector load_vector(const void* p) {
+template <bool>
+Vector load_vector(const void* p) {
   check_aligned(p);
   return *static_cast<const Vector*>(p);
 }
@@ -95,19 +96,23 @@ class Block {
     f();
   }
 
-  template <class F, class Rescale, class Join>
-  Share softmax(F&& f, Rescale&& rescale, Join&& join) {
-    Share shares[kSize];
-    for (int thread : order_) shares[thread] = f(thread);
-    for (int warp = 0; warp < kSize; warp += 32) {
-      float maximum = shares[warp].maximum;
-      for (int lane = 1; lane < 32; ++lane) maximum = fmaxf(maximum, shares[warp + lane].maximum);
-      double sums[32];
-      for (int lane = 0; lane < 32; ++lane) sums[lane] = rescale(shares[warp + lane], maximum);
-      shares[warp] = {add_lanes(sums), maximum};
-    }
-    for (int warp = 32; warp < kSize; warp += 32) shares[0] = join(shares[0], shares[warp]);
-    return shares[0];
+  template <class F>
+  auto broadcast(F&& f) {
+    return f();
+  }
+
+  template <class F, class ShareAt>
+  auto softmax(F&& f, ShareAt&& share_at) {
+    decltype(f(0)) found[kSize];
+    for (int thread : order_) found[thread] = f(thread);
+    float maximum = found[0].maximum;
+    for (int thread = 1; thread < kSize; ++thread) maximum = fmaxf(maximum, found[thread].maximum);
+    decltype(share_at(found[0], maximum)) shares[kSize];
+    for (int thread = 0; thread < kSize; ++thread)
+      shares[thread] = share_at(found[thread], maximum);
+    auto share = add_lanes(shares);
+    for (int warp = 32; warp < kSize; warp += 32) share = share + add_lanes(shares + warp);
+    return share;
   }
 
   template <class Sum, class Term, class Store>

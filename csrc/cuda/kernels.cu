@@ -9,6 +9,9 @@ namespace kto {
 namespace {
 
 constexpr int kThreads = 128;
+// A chunk's rows should still lie in L2 when they are read again: few at a time, of many threads,
+// and two on a multiprocessor, so that one moves data while the other sums up.
+constexpr int kChunkThreads = 384;
 // The registers that let 8 blocks (6 under a softcap, whose arithmetic needs more) live on a
 // multiprocessor.
 constexpr int blocks_wanted(bool softcap) { return softcap ? 6 : 8; }
@@ -16,17 +19,29 @@ constexpr int blocks_wanted(bool softcap) { return softcap ? 6 : 8; }
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, blocks_wanted(kSoftcap))
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
-  __shared__ Block<kThreads>::Shared shared;
-  Block<kThreads> block(shared);
+  Block<kThreads> block;
   forward<T, kSoftcap>(block, arguments);
 }
 
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, blocks_wanted(kSoftcap))
     backward_kernel(const __grid_constant__ BackwardArguments arguments) {
-  __shared__ Block<kThreads>::Shared shared;
-  Block<kThreads> block(shared);
+  Block<kThreads> block;
   backward<T, kSoftcap>(block, arguments);
+}
+
+template <class T, bool kSoftcap, bool kOutputs>
+__global__ void __launch_bounds__(kChunkThreads, 2)
+    chunk_kernel(const __grid_constant__ ChunkArguments arguments) {
+  Block<kChunkThreads> block;
+  chunk<T, kSoftcap, kOutputs>(block, arguments);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    multiply_kernel(const __grid_constant__ MultiplyArguments arguments) {
+  Block<kThreads> block;
+  multiply<T>(block, arguments);
 }
 
 void check(const char* kernel, cudaError_t status) {
@@ -37,16 +52,16 @@ void check(const char* kernel, cudaError_t status) {
 
 template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks,
-            Target target) {
+            Target target, int threads = kThreads) {
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("kto_kernels: CUDA kernel ") + name + ": " +
                              std::to_string(blocks) + " rows are too many for one launch");
   // The caller makes it current too, and restores what was: this runtime's own idea of it is apart.
   check(name, cudaSetDevice(target.device));
   void* parameters[] = {const_cast<Arguments*>(&arguments)};
-  const cudaError_t status =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),
-                       dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(target.stream));
+  const cudaError_t status = cudaLaunchKernel(
+      reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
+      parameters, 0, static_cast<cudaStream_t>(target.stream));
   check(name, status);
 }
 
@@ -64,6 +79,20 @@ void launch_backward(const BackwardArguments& arguments, Target target) {
   dispatch(arguments.rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
     launch("backward", backward_kernel<decltype(codec), decltype(softcap)::value>, arguments,
            arguments.rows.n_rows * arguments.splits, target);
+  });
+}
+
+void launch_chunk(const ChunkArguments& arguments, Target target) {
+  dispatch(arguments, [&](auto codec, auto softcap, auto outputs) {
+    launch("chunk",
+           chunk_kernel<decltype(codec), decltype(softcap)::value, decltype(outputs)::value>,
+           arguments, arguments.rows.n_rows, target, kChunkThreads);
+  });
+}
+
+void launch_multiply(const MultiplyArguments& arguments, Target target) {
+  with_type(arguments.dtype, [&](auto codec) {
+    launch("multiply", multiply_kernel<decltype(codec)>, arguments, arguments.blocks, target);
   });
 }
 

@@ -17,8 +17,11 @@ namespace kto {
 
 constexpr int kUnroll = 4;
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.69314718055994531;
 // A running maximum starts here, lower than any logit: -inf - (-inf) would be NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
+// 2^w is 0 here, and w 2^w would be NaN at -inf: w goes no lower.
+constexpr float kVanished = -256;
 
 // Scores --------------------------------------------------------------------------------------
 
@@ -110,19 +113,17 @@ KTO_DEVICE void walk(const Line& line, int thread, Whole&& whole, Single&& singl
 
 // The forward -----------------------------------------------------------------------------------
 
+// What a thread found in the scores that it read, the label's left out. What follows the sum is for
+// outputs.
 struct Running {
   float maximum, sum;
+  float weighted;  // sum of w 2^w, where `sum` is that of 2^w
+  float total;     // of the scores, the label's not left out
+  bool beaten;     // a score in front of the label's is as high
 };
 
-// Adds scores to a running softmax. No NaN but from NaN or +inf: the maximum is never -inf.
-template <int kCount>
-KTO_DEVICE void fold(const float* u, Running& running, float rate) {
-  float maximum = running.maximum;
-  for (int k = 0; k < kCount; ++k) maximum = fmaxf(maximum, u[k]);
-  float sums[2] = {running.sum * power_of_two((running.maximum - maximum) * rate), 0};
-  for (int k = 0; k < kCount; ++k) sums[k % 2] += power_of_two((u[k] - maximum) * rate);
-  running = {maximum, sums[0] + sums[1]};
-}
+// Of two shares at one maximum.
+KTO_DEVICE Share operator+(const Share& a, const Share& b) { return {a.sum + b.sum, a.maximum}; }
 
 KTO_DEVICE Share join(const Share& a, const Share& b, const Scale& scale) {
   const double outer = scale.outer;
@@ -130,54 +131,127 @@ KTO_DEVICE Share join(const Share& a, const Share& b, const Scale& scale) {
           fmaxf(a.maximum, b.maximum)};
 }
 
-// The softmax of a block's share of a row, the label left out; for thread 0.
-template <class T, bool kSoftcap, class Block>
-KTO_DEVICE Share softmax_share(Block& block, const typename T::Element* x, int64_t label,
-                               const Line& line, const Scale& scale) {
+// A share with what outputs need beside it.
+struct OutputShare : Share {
+  double weighted;  // sum of exp(z - reference) (z - reference)
+  double total;
+  double beaten;  // how many threads found it so
+};
+
+KTO_DEVICE OutputShare operator+(const OutputShare& a, const OutputShare& b) {
+  return {static_cast<const Share&>(a) + b, a.weighted + b.weighted, a.total + b.total,
+          a.beaten + b.beaten};
+}
+
+// Moves to a maximum that is not lower.
+template <bool kOutputs>
+KTO_DEVICE void raise(float maximum, Running& running, float rate) {
+  const float w = (running.maximum - maximum) * rate;
+  const float factor = power_of_two(w);
+  if (kOutputs) running.weighted = (running.weighted + fmaxf(w, kVanished) * running.sum) * factor;
+  running.sum *= factor;
+  running.maximum = maximum;
+}
+
+// Adds scores to a running softmax. No NaN but from NaN or +inf: the maximum is never -inf.
+template <int kCount, bool kOutputs>
+KTO_DEVICE void fold(const float* u, Running& running, float rate) {
+  float maximum = running.maximum;
+  for (int k = 0; k < kCount; ++k) maximum = fmaxf(maximum, u[k]);
+  raise<kOutputs>(maximum, running, rate);
+  float sums[2] = {running.sum, 0}, weighted[2] = {running.weighted, 0};
+  for (int k = 0; k < kCount; ++k) {
+    const float w = (u[k] - maximum) * rate, power = power_of_two(w);
+    sums[k % 2] += power;
+    if (kOutputs) weighted[k % 2] = fmaf(fmaxf(w, kVanished), power, weighted[k % 2]);
+  }
+  running.sum = sums[0] + sums[1];
+  running.weighted = weighted[0] + weighted[1];
+}
+
+// The softmax of a block's share of a row, the label left out, as a Share or an OutputShare; for
+// thread 0. kAgain: the kernel reads the row again.
+template <class T, bool kSoftcap, bool kOutputs, bool kAgain, class Block>
+KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_t label,
+                              const Line& line, const Scale& scale) {
   constexpr int kCount = kPerVector<T>;
   const float rate = scale.outer * kLog2e;
   const typename T::Element* body = x + line.head;
   // Division alone would find a label in the head in vector 0.
   const int at = int(label) - line.head;
   const int label_vector = at < 0 ? -1 : at / kCount;
+  const float y = kOutputs ? score<kSoftcap>(load_element<T>(x + label), scale) : 0;
   // The scores of vector v.
-  const auto scores = [&](const Vector& vector, int v, float* u) {
+  const auto scores = [&](const Vector& vector, int v, float* u, Running& running) {
     unpack<T>(vector, u);
     for (int k = 0; k < kCount; ++k) u[k] = score<kSoftcap>(u[k], scale);
+    if (kOutputs) {
+      const float bound = v < label_vector ? y : INFINITY;
+      for (int k = 0; k < kCount; ++k) {
+        running.total += u[k];
+        running.beaten |= u[k] >= bound;
+      }
+    }
     if (v == label_vector)
-      for (int k = 0; k < kCount; ++k) u[k] = k == at % kCount ? -INFINITY : u[k];
+      for (int k = 0; k < kCount; ++k) {
+        if (kOutputs) running.beaten |= k < at % kCount && u[k] >= y;
+        u[k] = k == at % kCount ? -INFINITY : u[k];
+      }
   };
-  const auto thread_share = [&](int thread) -> Share {
-    Running running = {kLowest, 0};
+  const auto thread_softmax = [&](int thread) -> Running {
+    Running running = {kLowest, 0, 0, 0, false};
     walk<Block::kThreads>(
         line, thread,
         [&](int v) {
           Vector vectors[kUnroll];
           for (int k = 0; k < kUnroll; ++k)
-            vectors[k] = load_vector(body + int64_t(v + k * Block::kThreads) * kCount);
+            vectors[k] = load_vector<kAgain>(body + int64_t(v + k * Block::kThreads) * kCount);
           float u[kUnroll * kCount];
           for (int k = 0; k < kUnroll; ++k)
-            scores(vectors[k], v + k * Block::kThreads, u + k * kCount);
-          fold<kUnroll * kCount>(u, running, rate);
+            scores(vectors[k], v + k * Block::kThreads, u + k * kCount, running);
+          fold<kUnroll * kCount, kOutputs>(u, running, rate);
         },
         [&](int v) {
           float u[kCount];
-          scores(load_vector(body + int64_t(v) * kCount), v, u);
-          fold<kCount>(u, running, rate);
+          scores(load_vector<kAgain>(body + int64_t(v) * kCount), v, u, running);
+          fold<kCount, kOutputs>(u, running, rate);
         });
     for (int i = thread; i < line.edge; i += Block::kThreads) {
       const int v = edge_position<T>(line, i);
       const float u = score<kSoftcap>(load_element<T>(x + v), scale);
-      if (v != label) fold<1>(&u, running, rate);
+      if (kOutputs) {
+        running.total += u;
+        running.beaten |= v < label && u >= y;
+      }
+      if (v != label) fold<1, kOutputs>(&u, running, rate);
     }
-    return {running.sum, running.maximum};
+    return running;
   };
-  return block.softmax(
-      thread_share,
-      [&](const Share& share, float maximum) {
-        return double(float(share.sum) * power_of_two((share.maximum - maximum) * rate));
-      },
-      [&](const Share& a, const Share& b) { return join(a, b, scale); });
+  const auto share_at = [&](Running running, float maximum) {
+    raise<kOutputs>(maximum, running, rate);
+    const Share share = {running.sum, maximum};
+    if constexpr (kOutputs)
+      return OutputShare{share, running.weighted * kLn2, running.total, double(running.beaten)};
+    else
+      return share;
+  };
+  return block.softmax(thread_softmax, share_at);
+}
+
+// The label's log-probability, given the score u of its logit.
+KTO_DEVICE float label_logp(const Share& others, float u, const Scale& scale) {
+  const double outer = scale.outer;
+  const double reference = others.sum == 0 ? -INFINITY : others.maximum * outer;
+  return float(label_logp<double>({reference, others.sum}, u * outer));
+}
+
+// The softmax of all scores.
+KTO_DEVICE Share with_label(const Share& others, float u, const Scale& scale) {
+  const double outer = scale.outer;
+  const float maximum = fmaxf(others.maximum, u);
+  const double decayed = decay<double>(u * outer, maximum * outer);
+  return {merge<double>({others.maximum * outer, others.sum}, {maximum * outer, decayed}).sum,
+          maximum};
 }
 
 // Scores row n of a set, or a block's share of it; whether this block is the row's last.
@@ -198,8 +272,8 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
     return split == 0;
   }
   const auto* x = static_cast<const typename T::Element*>(rows.logits) + logits_offset(rows, n);
-  Share others =
-      softmax_share<T, kSoftcap>(block, x, label, line_of<T>(x, rows.vocab, split, splits), scale);
+  Share others = softmax_share<T, kSoftcap, false, false>(
+      block, x, label, line_of<T>(x, rows.vocab, split, splits), scale);
   if (splits > 1) {
     Share* shares = arguments.shares + row * splits;
     block.once([&] { shares[split] = others; });
@@ -212,15 +286,11 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
   }
   block.once([&] {
     const float u = score<kSoftcap>(load_element<T>(x + label), scale);
-    const double outer = scale.outer, y = u * outer;
-    const double reference = others.sum == 0 ? -INFINITY : others.maximum * outer;
-    set.logps[n] = float(label_logp<double>({reference, others.sum}, y));
+    set.logps[n] = label_logp(others, u, scale);
     if (set.sum == nullptr) return;
-    const float maximum = fmaxf(others.maximum, u);
-    set.maximum[n] = maximum;
-    set.sum[n] = float(merge<double>({others.maximum * outer, others.sum},
-                                     {maximum * outer, decay<double>(y, maximum * outer)})
-                           .sum);
+    const Share all = with_label(others, u, scale);
+    set.maximum[n] = all.maximum;
+    set.sum[n] = float(all.sum);
   });
   return true;
 }
@@ -338,52 +408,57 @@ KTO_DEVICE void forward(Block& block, const ForwardArguments& arguments) {
 
 // The gradient ----------------------------------------------------------------------------------
 
-// The gradient of a row, or of a share: g dlogp/dx, over the logits or into another buffer.
-template <class T, bool kSoftcap, class Block>
-KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
+// out = f(x) for each element of a block's share of a row, whose vectors are those of out.
+template <class T, class Block, class F>
+KTO_DEVICE void map(Block& block, const typename T::Element* x, typename T::Element* out,
+                    const Line& line, F&& f) {
   constexpr int kCount = kPerVector<T>;
   constexpr int kThreads = Block::kThreads;
-  using Element = typename T::Element;
-  const Rows& rows = arguments.rows;
-  const Scale& scale = arguments.scale;
-  const int64_t n = block.index() / unsigned(arguments.splits);
-  const int split = int(block.index() % unsigned(arguments.splits));
-  const int64_t label = label_of(rows, n);
-  const float g = label < 0 ? 0.0f : gradient_of(arguments.gradient, rows, n);
-  Element* out = static_cast<Element*>(arguments.out) +
-                 (rows.tokens == 0 ? n * arguments.out_stride_t
-                                   : n / rows.tokens * arguments.out_stride_b +
-                                         n % rows.tokens * arguments.out_stride_t);
-  // Stores are aligned; loads too where the gradient lies as the logits do, which it does in place.
-  const Line line = line_of<T>(out, rows.vocab, split, arguments.splits);
-  Element* out_body = out + line.head;
-  if (g == 0) {
-    block.each([&](int thread) {
-      for (int v = line.first + thread; v < line.last; v += kThreads)
-        store_vector(out_body + int64_t(v) * kCount, Vector{0, 0, 0, 0});
-      for (int i = thread; i < line.edge; i += kThreads) out[edge_position<T>(line, i)] = 0;
-    });
-    return;
-  }
-  const Element* x = static_cast<const Element*>(rows.logits) + logits_offset(rows, n);
-  const Element* body = x + line.head;
+  const auto* body = x + line.head;
+  auto* out_body = out + line.head;
+  // Stores are aligned; loads too where x lies as out does, which it does in place.
   const bool aligned = (reinterpret_cast<uintptr_t>(body) & (sizeof(Vector) - 1)) == 0;
-  const float rate = scale.outer * kLog2e;
-  const float maximum = arguments.maximum[n];
-  const float row_sum = arguments.sum[n];
-  const double slope = double(g) * scale.slope;
-  const float factor = float(row_sum == 0 ? -slope : -slope / row_sum);
-  const auto gradient = [&](float x_v) {
-    const float u = score<kSoftcap>(x_v, scale);
-    const float p = power_of_two((u - maximum) * rate) * factor;
-    return kSoftcap ? p * (1.0f - u * u) : p;
-  };
-  const auto gradients = [&](const Vector& vector, int v) {
+  const auto map_vector = [&](const Vector& vector, int v) {
     float u[kCount];
     unpack<T>(vector, u);
-    for (int k = 0; k < kCount; ++k) u[k] = gradient(u[k]);
+    for (int k = 0; k < kCount; ++k) u[k] = f(u[k]);
     store_vector(out_body + int64_t(v) * kCount, pack<T>(u));
   };
+  block.each([&](int thread) {
+    if (aligned) {
+      walk<kThreads>(
+          line, thread,
+          [&](int v) {
+            Vector vectors[kUnroll];
+            for (int k = 0; k < kUnroll; ++k)
+              vectors[k] = load_vector<false>(body + int64_t(v + k * kThreads) * kCount);
+            for (int k = 0; k < kUnroll; ++k) map_vector(vectors[k], v + k * kThreads);
+          },
+          [&](int v) { map_vector(load_vector<false>(body + int64_t(v) * kCount), v); });
+    } else {
+      for (int v = line.first + thread; v < line.last; v += kThreads) {
+        float u[kCount];
+        for (int k = 0; k < kCount; ++k) u[k] = f(load_element<T>(body + int64_t(v) * kCount + k));
+        store_vector(out_body + int64_t(v) * kCount, pack<T>(u));
+      }
+    }
+    for (int i = thread; i < line.edge; i += kThreads) {
+      const int v = edge_position<T>(line, i);
+      store_element<T>(out + v, f(load_element<T>(x + v)));
+    }
+  });
+}
+
+// g dlogp/dx of a row, or of a block's share of it, over the logits or into another buffer. `sum`
+// and `maximum` are of all scores.
+template <class T, bool kSoftcap, class Block>
+KTO_DEVICE void write_gradient(Block& block, const typename T::Element* x, typename T::Element* out,
+                               int64_t label, const Line& line, int split, const Scale& scale,
+                               float g, float maximum, float sum, const float* logp) {
+  constexpr int kCount = kPerVector<T>;
+  const float rate = scale.outer * kLog2e;
+  const double slope = double(g) * scale.slope;
+  const float factor = float(sum == 0 ? -slope : -slope / sum);
   // Whether the label is in this block's share.
   const int at = int(label) - line.head;
   const bool in_vectors = at >= 0 && at / kCount < line.vectors;
@@ -393,56 +468,139 @@ KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
     if (mine) y = score<kSoftcap>(load_element<T>(x + label), scale);
     block.barrier();  // in place: all have read the label's logit before one overwrites it
   }
-  block.each([&](int thread) {
-    if (aligned) {
-      walk<kThreads>(
-          line, thread,
-          [&](int v) {
-            Vector vectors[kUnroll];
-            for (int k = 0; k < kUnroll; ++k)
-              vectors[k] = load_vector(body + int64_t(v + k * kThreads) * kCount);
-            for (int k = 0; k < kUnroll; ++k) gradients(vectors[k], v + k * kThreads);
-          },
-          [&](int v) { gradients(load_vector(body + int64_t(v) * kCount), v); });
-    } else {
-      for (int v = line.first + thread; v < line.last; v += kThreads) {
-        float u[kCount];
-        for (int k = 0; k < kCount; ++k)
-          u[k] = gradient(load_element<T>(body + int64_t(v) * kCount + k));
-        store_vector(out_body + int64_t(v) * kCount, pack<T>(u));
-      }
-    }
-    for (int i = thread; i < line.edge; i += kThreads) {
-      const int v = edge_position<T>(line, i);
-      store_element<T>(out + v, gradient(load_element<T>(x + v)));
-    }
+  map<T>(block, x, out, line, [&](float x_v) {
+    const float u = score<kSoftcap>(x_v, scale);
+    const float p = power_of_two((u - maximum) * rate) * factor;
+    return kSoftcap ? p * (1.0f - u * u) : p;
   });
   if (!mine) return;
   block.barrier();  // after -g p, which the same block wrote there
   // 1 - p from the log-probability: rounding p first would lose every near-certain token.
   block.once([&] {
-    const double entry = slope * -expm1(double(arguments.logps[n]));
+    const double entry = slope * -expm1(double(*logp));
     store_element<T>(out + label, float(kSoftcap ? entry * (1 - double(y) * y) : entry));
   });
 }
 
-// Calls body with the logits' type and the softcap as compile-time constants.
+template <class T, bool kSoftcap, class Block>
+KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
+  constexpr int kCount = kPerVector<T>;
+  constexpr int kThreads = Block::kThreads;
+  using Element = typename T::Element;
+  const Rows& rows = arguments.rows;
+  const int64_t n = block.index() / unsigned(arguments.splits);
+  const int split = int(block.index() % unsigned(arguments.splits));
+  const int64_t label = label_of(rows, n);
+  const float g = label < 0 ? 0.0f : gradient_of(arguments.gradient, rows, n);
+  Element* out = static_cast<Element*>(arguments.out) +
+                 (rows.tokens == 0 ? n * arguments.out_stride_t
+                                   : n / rows.tokens * arguments.out_stride_b +
+                                         n % rows.tokens * arguments.out_stride_t);
+  const Line line = line_of<T>(out, rows.vocab, split, arguments.splits);
+  if (g == 0) {
+    Element* out_body = out + line.head;
+    block.each([&](int thread) {
+      for (int v = line.first + thread; v < line.last; v += kThreads)
+        store_vector(out_body + int64_t(v) * kCount, Vector{0, 0, 0, 0});
+      for (int i = thread; i < line.edge; i += kThreads) out[edge_position<T>(line, i)] = 0;
+    });
+    return;
+  }
+  const Element* x = static_cast<const Element*>(rows.logits) + logits_offset(rows, n);
+  write_gradient<T, kSoftcap>(block, x, out, label, line, split, arguments.scale, g,
+                              arguments.maximum[n], arguments.sum[n], arguments.logps + n);
+}
+
+// A chunk of logits ------------------------------------------------------------------------------
+
+KTO_DEVICE void store_outputs(const ChunkArguments& arguments, int64_t n, const OutputShare& others,
+                              const Share& all, float u) {
+  const double outer = arguments.scale.outer, reference = all.maximum * outer;
+  if (arguments.entropy != nullptr) {
+    const double weighted =
+        weighted_at<double>(reference, {others.maximum * outer, others.sum}, others.weighted) +
+        weighted_at<double>(reference, {u * outer, 1}, 0);
+    arguments.entropy[n] = float(entropy<double>(all.sum, weighted));
+  }
+  if (arguments.mean_logits != nullptr)
+    arguments.mean_logits[n] = float(others.total * outer / double(arguments.rows.vocab));
+  if (arguments.is_top1 != nullptr)
+    arguments.is_top1[n] = others.beaten == 0 && (others.sum == 0 || others.maximum <= u);
+}
+
+// A row: its scores, and over it the gradient of its log-probability.
+template <class T, bool kSoftcap, bool kOutputs, class Block>
+KTO_DEVICE void chunk(Block& block, const ChunkArguments& arguments) {
+  using Element = typename T::Element;
+  const Rows& rows = arguments.rows;
+  const Scale& scale = arguments.scale;
+  const int64_t n = block.index(), label = label_of(rows, n), offset = logits_offset(rows, n);
+  const Element* x = static_cast<const Element*>(rows.logits) + offset;
+  const Line line = line_of<T>(x, rows.vocab, 0, 1);
+  const auto others = softmax_share<T, kSoftcap, kOutputs, true>(block, x, label, line, scale);
+  const Share all = block.broadcast([&] {
+    const float u = score<kSoftcap>(load_element<T>(x + label), scale);
+    const Share share = with_label(others, u, scale);
+    arguments.logps[n] = label_logp(others, u, scale);
+    if constexpr (kOutputs) store_outputs(arguments, n, others, share, u);
+    return share;
+  });
+  if (arguments.gradient == nullptr) return;
+  Element* out = static_cast<Element*>(arguments.gradient) + offset;
+  write_gradient<T, kSoftcap>(block, x, out, label, line, 0, scale, 1, all.maximum, float(all.sum),
+                              arguments.logps + n);
+}
+
+// In place ---------------------------------------------------------------------------------------
+
+// The blocks take the elements in turns, a step of each thread at a time.
+template <class T, class Block>
+KTO_DEVICE void multiply(Block& block, const MultiplyArguments& arguments) {
+  constexpr int64_t kStep = kUnroll * Block::kThreads * kPerVector<T>;
+  const float factor = float(value_at(arguments.factor, 0));
+  if (factor == 1) return;
+  for (int64_t i = block.index() * kStep; i < arguments.count; i += arguments.blocks * kStep) {
+    auto* x = static_cast<typename T::Element*>(arguments.data) + i;
+    const int64_t left = arguments.count - i;
+    map<T>(block, x, x, line_of<T>(x, left < kStep ? left : kStep, 0, 1),
+           [&](float x_i) { return x_i * factor; });
+  }
+}
+
+// Call body with the elements' type, or with a flag, as a compile-time constant.
 template <class Body>
-void dispatch(DType dtype, bool softcap, Body&& body) {
-  const auto with_type = [&](auto codec) {
-    if (softcap)
-      body(codec, std::true_type{});
-    else
-      body(codec, std::false_type{});
-  };
+void with_type(DType dtype, Body&& body) {
   switch (dtype) {
     case DType::f32:
-      return with_type(Codec<DType::f32>{});
+      return body(Codec<DType::f32>{});
     case DType::f16:
-      return with_type(Codec<DType::f16>{});
+      return body(Codec<DType::f16>{});
     case DType::bf16:
-      return with_type(Codec<DType::bf16>{});
+      return body(Codec<DType::bf16>{});
   }
+}
+
+template <class Body>
+void with_flag(bool flag, Body&& body) {
+  if (flag)
+    body(std::true_type{});
+  else
+    body(std::false_type{});
+}
+
+template <class Body>
+void dispatch(DType dtype, bool softcap, Body&& body) {
+  with_type(dtype,
+            [&](auto codec) { with_flag(softcap, [&](auto constant) { body(codec, constant); }); });
+}
+
+template <class Body>
+void dispatch(const ChunkArguments& arguments, Body&& body) {
+  dispatch(arguments.rows.dtype, arguments.scale.softcap, [&](auto codec, auto softcap) {
+    with_flag(arguments.entropy != nullptr || arguments.mean_logits != nullptr ||
+                  arguments.is_top1 != nullptr,
+              [&](auto outputs) { body(codec, softcap, outputs); });
+  });
 }
 
 }  // namespace kto

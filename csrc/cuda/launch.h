@@ -80,6 +80,25 @@ struct BackwardArguments {
   int splits;
 };
 
+// A chunk of logits: one pass scores each row, a second one overwrites it by its gradient.
+struct ChunkArguments {
+  Rows rows;
+  Scale scale;
+  void* gradient;  // the logits themselves, or null: they stay
+  float* logps;    // (N,), as are the outputs: null where nobody asks
+  float *entropy, *mean_logits;
+  bool* is_top1;
+};
+
+// Multiplies `count` elements by the () factor.
+struct MultiplyArguments {
+  void* data;
+  DType dtype;
+  int64_t count;
+  Values factor;
+  int blocks;
+};
+
 // Where a launch goes; the emulation ignores it.
 struct Target {
   int device;
@@ -89,5 +108,7 @@ struct Target {
 // Throw std::runtime_error naming the kernel where the launch fails.
 void launch_forward(const ForwardArguments&, Target);
 void launch_backward(const BackwardArguments&, Target);
+void launch_chunk(const ChunkArguments&, Target);
+void launch_multiply(const MultiplyArguments&, Target);
 
 }  // namespace kto

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..rows import ForwardResult, Rows, Scale, Sequences, strides
+from ..rows import OUTPUTS, ChunkScores, ForwardResult, Rows, Scale, Sequences, strides
 from .base import Backend
 from .native import DTYPE, REDUCTION, native_rows, pointer
 
@@ -262,3 +262,45 @@ class CudaBackend(Backend):
         }
         with _target(device) as target:
             native.backward(**arguments, **target)
+
+    def score_chunk(self, logits, labels, scale, gradient, outputs):
+        device = logits.device
+        native = _native(device)
+
+        def empty(dtype=torch.float32) -> Tensor:
+            return torch.empty(labels.shape, dtype=dtype, device=device)
+
+        scores = ChunkScores(
+            logps=empty(), **{name: empty(torch.bool if name == "is_top1" else torch.float32) for name in outputs}
+        )
+        if labels.numel() == 0:
+            return scores
+        native_rows, _keep = _rows(Rows(logits, labels, None, shift=False, ignore_index=-1))
+        arguments = {
+            "rows": native_rows,
+            "scale": native.Scale(**vars(scale)),
+            "gradient": pointer(logits if gradient else None),
+            "logps": pointer(scores.logps),
+            **{name: pointer(getattr(scores, name)) for name in OUTPUTS},
+        }
+        with _target(device) as target:
+            native.score_chunk(**arguments, **target)
+        return scores
+
+    def scale_(self, tensor, factor):
+        device, count = tensor.device, tensor.numel()
+        if factor.device != device:  # on the host, where it costs no wait to read it
+            return super().scale_(tensor, factor)
+        if count == 0:
+            return
+        native = _native(device)
+        steps = -(-count * tensor.dtype.itemsize // (UNROLL * THREADS * 16))
+        arguments = {
+            "data": pointer(tensor),
+            "dtype": DTYPE[tensor.dtype],
+            "count": count,
+            "factor": native.Values(data=pointer(factor), type=_VALUE_DTYPE[factor.dtype], stride=0),
+            "blocks": min(steps, BLOCKS_PER_PROCESSOR * _processors(device)),
+        }
+        with _target(device) as target:
+            native.multiply(**arguments, **target)
