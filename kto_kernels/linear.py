@@ -37,14 +37,9 @@ class ScoredRows:
     ) -> ScoredRows:
         """Waits for the device once: how many rows there are decides shapes."""
         target = reference.targets(labels, shift, ignore_index, cu_seqlens)
-        scored = target != ignore_index
-        if labels.dim() == 1 and cu_seqlens is None:
-            counts = scored.sum().view(1)
-        else:
-            counts = reference.per_sequence(scored, cu_seqlens)
-        lengths = counts.long().tolist()
+        lengths = scored_lengths(target, cu_seqlens, ignore_index)
         # The count is known now, so that nothing waits again.
-        positions = scored.flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
+        positions = (target != ignore_index).flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
         return cls(hidden, positions, target.flatten()[positions].long(), lengths)
 
     def take(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:  # (C, H)
@@ -64,6 +59,14 @@ class ScoredRows:
         out = values.new_zeros(shape.numel())
         out[self.positions] = values
         return out.view(shape)
+
+
+def scored_lengths(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> list[int]:
+    """Scored rows of each sequence; of (N,) targets without `cu_seqlens`, one sequence."""
+    scored = target != ignore_index
+    if target.dim() == 1 and cu_seqlens is None:
+        return [int(scored.sum())]
+    return reference.per_sequence(scored, cu_seqlens).long().tolist()
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Coefficients(Protocol):
     def close(self, logps: Tensor, chunk: Chunk) -> None:
         """The chunk's sequences are scored: `logps` (S,) holds all of their rows."""
 
-    def of_rows(self, chunk: Chunk) -> Tensor:  # (C,) fp32
+    def of_rows(self, chunk: Chunk) -> Tensor:  # (C,)
         """Of a chunk's rows."""
 
     def of_sequence(self, sequence: int) -> Tensor:  # ()
@@ -216,13 +219,14 @@ class LossCoefficients:
         desirable: Tensor,  # (B,) bool
         options: LossOptions,
         unit: float,  # they are divided by it
+        dtype: torch.dtype,  # fp32, or fp64
     ) -> None:
         device = desirable.device
         self.starts = [0, *itertools.accumulate(lengths)]
         self.offsets = torch.tensor(self.starts, device=device)
         self.lengths = self.offsets.diff()
         self.ref_logps, self.z0, self.desirable, self.options = ref_logps, z0, desirable, options
-        self.unit = unit
+        self.unit, self.dtype = unit, dtype
         self.slopes = torch.zeros(len(lengths), dtype=torch.float64, device=device)
 
     def sequence_logps(self, logps: Tensor, first: int, last: int) -> Tensor:
@@ -245,7 +249,7 @@ class LossCoefficients:
 
     def of_rows(self, chunk):
         first, last = chunk.sequences
-        slopes = (self.slopes[first:last] / self.unit).float()
+        slopes = (self.slopes[first:last] / self.unit).to(self.dtype)
         if last - first == 1:
             return slopes.expand(chunk.rows)
         return slopes.repeat_interleave(self.lengths[first:last], output_size=chunk.rows)

@@ -15,12 +15,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import custom_op, register_autograd
+from torch.utils.flop_counter import register_flop_formula
 
 from . import checks, ops, reference
 from .backends import select
-from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, walk
+from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, scored_lengths, walk
 from .plan import LinearPlan
 from .rows import OUTPUTS, LossOptions, Scale
 
@@ -113,6 +114,7 @@ def linear_token_logps(
     max_logits_bytes: int | None,
     outputs: str,
     gradient: bool,  # whether the hidden states' is formed
+    inplace_backward: bool,  # the caller keeps no gradient that this returns: the backward may scale it where it lies
     backend: str,
     prefix: str,  # of the labels' and offsets' names in messages
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +132,7 @@ def linear_token_logps(
 @linear_token_logps.register_fake
 def _(
     hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
-    max_logits_bytes, outputs, gradient, backend, prefix,
+    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix,
 ):  # fmt: skip
     float_dtype = reference.compute_dtype(dtype)
     return (
@@ -141,51 +143,57 @@ def _(
 
 
 def _token_logps_context(ctx, inputs, output):
-    hidden, weight, bias, labels, cu_seqlens, *options, _, gradient, backend, _ = inputs
+    hidden, weight, bias, labels, cu_seqlens, *options, _, ctx.formed, ctx.inplace, backend, _ = inputs
     _, *extra, dhidden = output
     ctx.mark_non_differentiable(*extra, dhidden)
     ctx.set_materialize_grads(False)
     ctx.options, ctx.backend = options, backend
-    ctx.formed = gradient
-    # Not saved for backward: a gradient that nothing else holds is handed on without a copy.
-    ctx.dhidden = dhidden.detach() if gradient else None
-    ctx.save_for_backward(*(None,) * 3 if gradient else (hidden, weight, bias), labels, cu_seqlens)
+    kept = (dhidden, None, None) if ctx.formed else (hidden, weight, bias)
+    ctx.save_for_backward(*kept, labels, cu_seqlens)
 
 
-@once_differentiable
+@ops.once
 def _token_logps_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 16
-    hidden, weight, bias, labels, cu_seqlens = ctx.saved_tensors
+        return (None,) * 17
+    hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
     shift, ignore_index = ctx.options[:2]
     if ctx.formed:
-        (dhidden,) = _hand_over(ctx, "dhidden")
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+        dhidden = _own(ctx, hidden)
         scale_rows_(dhidden, torch.where(scored, grad, 0.0))
-        return dhidden, *(None,) * 15
+        return dhidden, *(None,) * 16
     needs = ctx.needs_input_grad[:3]
     gradients = linear_backward(grad, hidden, weight, bias, labels, cu_seqlens, *ctx.options, *needs, ctx.backend)
-    return *_wanted(gradients, needs, (hidden, weight, bias)), *(None,) * 13
+    return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 14
 
 
-def _wanted(gradients, needs, like) -> tuple[Tensor | None, ...]:
-    return tuple(
-        gradient.to(tensor.dtype) if needed else None for gradient, needed, tensor in zip(gradients, needs, like)
-    )
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    """The saved tensors, gradients that the forward formed among them. A backward scales those in place and hands them
+    over, so that there is no second copy."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first "
+                "backward; for a second one call it again"
+            ) from error
+        raise
 
 
-def _hand_over(ctx, *names: str) -> tuple[Tensor | None, ...]:
-    """Gradients that the forward formed; they leave the context, so that they can be scaled in place."""
-    if ctx.formed == "gone":
-        raise RuntimeError(
-            "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first backward; "
-            "for a second one call it again"
-        )
-    ctx.formed = "gone"
-    taken = tuple(getattr(ctx, name) for name in names)
-    for name in names:
-        setattr(ctx, name, None)
-    return taken
+def _own(ctx, gradient: Tensor) -> Tensor:
+    """What may be scaled in place. A traced graph must not change what its forward returned: its compiler decides where
+    a copy is needed."""
+    return gradient if ctx.inplace and type(gradient) is Tensor else gradient.clone()
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def _wanted(gradients, needs, dtypes) -> tuple[Tensor | None, ...]:
+    return tuple(gradient.to(dtype) if needed else None for gradient, needed, dtype in zip(gradients, needs, dtypes))
 
 
 @custom_op("kto_kernels::linear_backward", mutates_args=())
@@ -263,6 +271,7 @@ def linear_kto(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    inplace_backward: bool,  # as above
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
@@ -274,14 +283,15 @@ def linear_kto(
         plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, long_sequences=long_sequences)
         options = LossOptions(beta, desirable_weight, undesirable_weight, average_log_prob, reduction)
         unit = _smallest_unit(options, rows.lengths) if dtype == torch.float16 else 1.0
-        coefficients = LossCoefficients(rows.lengths, ref_logps, z0, desirable, options, unit)
+        float_dtype = reference.compute_dtype(dtype)
+        coefficients = LossCoefficients(rows.lengths, ref_logps, z0, desirable, options, unit, float_dtype)
         walked = walk(rows, head, plan, chosen, needs, _names(outputs), coefficients)
         logps = coefficients.sequence_logps(walked.logps, 0, len(rows.lengths))
         r = reference.log_ratio(logps, ref_logps)
         losses = reference.loss(r, z0, desirable, beta, options.weights)
         unit_tensor = None if unit == 1.0 else torch.full((), unit, device=hidden.device)
         return (
-            reference.reduce(losses, reduction).to(reference.compute_dtype(dtype)),
+            reference.reduce(losses, reduction).to(float_dtype),
             logps,
             coefficients.slopes,
             *_token_outputs(walked, rows, outputs),
@@ -304,7 +314,7 @@ def _smallest_unit(options: LossOptions, lengths: list[int]) -> float:
 def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
-    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, backend,
+    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, inplace_backward, backend,
 ):  # fmt: skip
     float_dtype = reference.compute_dtype(dtype)
     per_sequence = torch.empty(desirable.shape, dtype=torch.float64, device=hidden.device)
@@ -322,20 +332,18 @@ def _kto_context(ctx, inputs, output):
     *_, slopes, _, _, _, dhidden, dweight, dbias = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.formed, ctx.backend = True, inputs[-1]
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-    # Not saved for backward: a gradient that nothing else holds is handed on without a copy.
-    ctx.dhidden, ctx.dweight, ctx.dbias = (gradient.detach() for gradient in (dhidden, dweight, dbias))
-    ctx.save_for_backward(labels, cu_seqlens, slopes)
+    *_, ctx.inplace, ctx.backend = inputs
+    ctx.dtypes = _dtypes(hidden, weight, bias)
+    ctx.save_for_backward(labels, cu_seqlens, slopes, dhidden, dweight, dbias)
 
 
-@once_differentiable
+@ops.once
 def _kto_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 26
-    labels, cu_seqlens, slopes = ctx.saved_tensors
+        return (None,) * 27
+    labels, cu_seqlens, slopes, *gradients = _saved(ctx)
     needs = ctx.needs_input_grad[:3]
-    gradients = _hand_over(ctx, "dhidden", "dweight", "dbias")
+    gradients = [_own(ctx, gradient) for gradient in gradients]
     if needs[0]:
         # A saturated sequence has gradient 0 whatever arrives from above.
         slopes = torch.where(slopes == 0, 0.0, slopes * grad)
@@ -347,8 +355,7 @@ def _kto_backward(ctx, grad, *_):
     for gradient, needed in zip(gradients[1:], needs[1:]):
         if needed:
             scale_(gradient, grad, ctx.backend)
-    wanted = [g.to(dtype) if needed else None for g, needed, dtype in zip(gradients, needs, ctx.dtypes)]
-    return *wanted, *(None,) * 23
+    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 24
 
 
 # Upstream gradients, in place ─────────────────────────────────────────────────────────────────────────────────────────
@@ -388,6 +395,49 @@ def _scale_rows_(tensor: Tensor, factors: Tensor) -> None:
         part.mul_(factor)
 
 
-register_autograd(linear_backward, ops.twice)
 register_autograd(linear_token_logps, _token_logps_backward, setup_context=_token_logps_context)
 register_autograd(linear_kto, _kto_backward, setup_context=_kto_context)
+
+# What FlopCounterMode counts: the GEMMs of the plan, over the scored rows ─────────────────────────────────────────────────
+
+
+def _flops(hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, **options) -> int:
+    if isinstance(labels, FakeTensor):  # no values to look at: every row counts
+        lengths = [labels.numel()]
+    else:
+        target = reference.targets(labels, shift, ignore_index, cu_seqlens)
+        lengths = scored_lengths(target, cu_seqlens, ignore_index)
+    return _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options).flops
+
+
+@register_flop_formula(torch.ops.kto_kernels.linear_token_logps, get_raw=True)
+def _(
+    hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
+    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix, out_val=None,
+):  # fmt: skip
+    needs = Needs(hidden=gradient)
+    return _flops(hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes)
+
+
+@register_flop_formula(torch.ops.kto_kernels.linear_backward, get_raw=True)
+def _(
+    grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
+    max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, out_val=None,
+):  # fmt: skip
+    needs = Needs(needs_hidden, needs_weight, needs_bias)
+    return _flops(
+        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, known_coefficients=True
+    )
+
+
+@register_flop_formula(torch.ops.kto_kernels.linear_kto, get_raw=True)
+def _(
+    hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
+    average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
+    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, inplace_backward, backend, out_val=None,
+):  # fmt: skip
+    needs = Needs(needs_hidden, needs_weight, needs_bias)
+    return _flops(
+        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes,
+        long_sequences=long_sequences
+    )  # fmt: skip

@@ -312,7 +312,7 @@ def linear_kto_loss(
     if any(trains[1:]) and reduction != "none":
         loss, logps, _, *extra, _, _, _ = linear_ops.linear_kto(
             hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
-            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, backend
+            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, True, backend
         )  # fmt: skip
     else:
         token_logps, *extra = linear_scores(

@@ -9,6 +9,7 @@ checked here, inside the operator, so that it breaks no graph.
 """
 
 # No `from __future__ import annotations`: torch.library reads the schemas from the annotations.
+import functools
 from typing import Optional
 
 import torch
@@ -18,6 +19,37 @@ from torch.library import custom_op, register_autograd
 from .backends import select
 from .checks import check_values
 from .rows import LossOptions, Rows, Scale, Sequences
+
+# Gradients are made once ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, anchor):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "kto_kernels: differentiating twice is not supported; the stages of kto_kernels.reference are plain "
+            "PyTorch and allow it"
+        )
+
+
+def once(backward):
+    """Whoever differentiates through the gradients that `backward` returns gets an error, not zeros."""
+
+    @functools.wraps(backward)
+    def guarded(ctx, *grads):
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if gradient is None else _NotTwice.apply(gradient, anchor) for gradient in gradients)
+
+    return guarded
+
 
 # Token log-probabilities ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -56,6 +88,7 @@ def _token_logps_context(ctx, inputs, output):
     ctx.save_for_backward(logits, labels, cu_seqlens, None, logps, statistics)
 
 
+@once
 def _token_logps_backward(ctx, grad, _statistics):
     return _logits_grad(ctx, grad), *(None,) * 9
 
@@ -155,6 +188,7 @@ def _kto_context(ctx, inputs, output):
     ctx.save_for_backward(logits, labels, cu_seqlens, coefficients, logps, statistics)
 
 
+@once
 def _kto_backward(ctx, grad, *_):
     return _logits_grad(ctx, grad), *(None,) * 25
 
@@ -238,12 +272,5 @@ def _logits_grad(ctx, grad: Optional[Tensor]) -> Optional[Tensor]:
     return logits.detach()
 
 
-def twice(ctx, *grads):
-    raise RuntimeError(
-        "kto_kernels: differentiating twice is not supported; the stages of kto_kernels.reference are plain PyTorch and allow it"
-    )
-
-
 register_autograd(token_logps, _token_logps_backward, setup_context=_token_logps_context)
 register_autograd(kto_forward, _kto_backward, setup_context=_kto_context)
-register_autograd(logits_backward, twice)

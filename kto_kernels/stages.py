@@ -116,6 +116,7 @@ def linear_scores(hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_
         max_logits_bytes,
         ",".join(outputs),
         torch.is_grad_enabled() and hidden.requires_grad and not trained,
+        True,  # inplace_backward: the gradient stays here
         backend,
         prefix,
     )

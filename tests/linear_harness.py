@@ -1,0 +1,180 @@
+"""The problems of `harness`, one GEMM earlier: hidden states and a head, with the definition through materialised
+logits as the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from harness import Problem, assert_as_accurate, plain, upstream
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kto_kernels import KTOOutput, linear_kto_loss
+
+VOCAB, WIDTH = 67, 24
+HEAD = ("hidden", "weight", "bias")  # what may require grad
+
+
+@dataclass
+class LinearProblem:
+    """Arguments of `linear_kto_loss`."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    desirable: Tensor
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> LinearProblem:
+        def move(tensor: Tensor) -> Tensor:
+            # Sequence log-probabilities and numbers keep their dtype.
+            model = tensor.is_floating_point() and (tensor.dim() > 1 or tensor.shape == (VOCAB,))
+            return tensor.to(device, dtype) if model else tensor.to(device)
+
+        return replace(
+            self,
+            hidden=move(self.hidden),
+            weight=move(self.weight),
+            labels=self.labels.to(device),
+            desirable=self.desirable.to(device),
+            tensors={name: move(tensor) for name, tensor in self.tensors.items()},
+        )
+
+
+def linear_problem(
+    lengths: tuple[int, ...] = (6, 3, 9, 0, 1),
+    *,
+    packed: bool = False,
+    bias: bool = True,
+    ref: str | None = "hidden",
+    kl: str | None = "hidden",
+    prompt: int = 2,
+    ref_width: int = WIDTH + 8,
+    offset_dtype: torch.dtype = torch.int32,
+    ignore_index: int = -100,
+    **options,
+) -> LinearProblem:
+    """Sequences of `lengths` scored tokens behind a prompt that is not, the padded ones of equal length."""
+
+    def side(lengths, width):
+        rows = max(lengths) + prompt
+        labels = torch.full((len(lengths), rows), ignore_index)
+        for i, length in enumerate(lengths):
+            labels[i, prompt : prompt + length] = torch.randint(VOCAB, (length,))
+        hidden = torch.randn(len(lengths), rows, width)
+        if not packed:
+            return hidden, labels, None
+        kept = torch.arange(rows) < torch.tensor(lengths).unsqueeze(-1) + prompt
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(-1).cumsum(0)])
+        return hidden[kept], labels[kept], offsets.to(offset_dtype)
+
+    tensors: dict[str, Tensor] = {}
+    hidden, labels, offsets = side(lengths, WIDTH)
+    if offsets is not None:
+        tensors["cu_seqlens"] = offsets
+    weight = torch.randn(VOCAB, WIDTH) * 0.5
+    if bias:
+        tensors["bias"] = torch.randn(VOCAB)
+    count = len(lengths)
+    if ref == "hidden":
+        # Another width, so that the heads cannot be mixed up; near the policy, so that nothing saturates.
+        extra = ref_width - WIDTH
+        tensors["ref_hidden"] = torch.cat([hidden, 0.3 * torch.randn(*hidden.shape[:-1], extra)], -1)
+        tensors["ref_weight"] = torch.cat([weight, 0.3 * torch.randn(VOCAB, extra)], -1)
+        if bias:
+            tensors["ref_bias"] = tensors["bias"] + 0.1 * torch.randn(VOCAB)
+    elif ref == "logps":
+        tensors["ref_logps"] = -3.0 * torch.tensor(lengths, dtype=torch.float32) - torch.rand(count)
+    if kl == "hidden":
+        tensors["kl_hidden"], tensors["kl_labels"], kl_offsets = side((4, 2, 5), WIDTH)
+        if kl_offsets is not None:
+            tensors["kl_cu_seqlens"] = kl_offsets
+        if ref == "hidden":
+            extra = ref_width - WIDTH
+            rows = tensors["kl_hidden"].shape[:-1]
+            tensors["ref_kl_hidden"] = torch.cat([tensors["kl_hidden"], 0.3 * torch.randn(*rows, extra)], -1)
+        elif ref == "logps":
+            tensors["ref_kl_logps"] = torch.full((3,), -30.0)  # far below: a positive estimate
+    elif kl == "logps":
+        tensors["kl_logps"] = -10 * torch.rand(3, dtype=torch.float64)
+        if ref is not None:
+            tensors["ref_kl_logps"] = tensors["kl_logps"] - 2
+    elif kl == "number":
+        options["kl"] = 0.4
+    elif kl == "tensor":
+        tensors["kl"] = torch.tensor(0.4)
+    if ignore_index != -100:
+        options["ignore_index"] = ignore_index
+    return LinearProblem(hidden, weight, labels, torch.arange(count) % 3 != 1, tensors, options)
+
+
+def plain_linear(p: LinearProblem, trained: tuple[str, ...] = HEAD) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values and gradients by way of the logits, each step in the problem's own dtype."""
+    given, options = dict(p.tensors), dict(p.options)
+    scale = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
+    for name in ("max_logits_bytes", "long_sequences", "outputs"):
+        options.pop(name, None)
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": given.pop("bias", None)}
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    head, ref_head = (
+        (leaves["weight"], leaves.get("bias")),
+        (given.pop("ref_weight", None), given.pop("ref_bias", None)),
+    )
+    logits = linear(leaves["hidden"], *head)
+    for name, its_head in (("kl_", head), ("ref_", ref_head), ("ref_kl_", ref_head)):
+        if f"{name}hidden" in given:
+            given[f"{name}logits"] = linear(given.pop(f"{name}hidden"), *its_head).detach()
+    values, grad = plain(Problem(logits, p.labels, p.desirable, given, options), **scale)
+    wanted = [name for name in trained if name in leaves]
+    return values, dict(zip(wanted, torch.autograd.grad(logits, [leaves[name] for name in wanted], grad)))
+
+
+def ours_linear(
+    p: LinearProblem, backend: str, trained: tuple[str, ...] = HEAD, **extra
+) -> tuple[KTOOutput, dict[str, Tensor]]:
+    tensors = dict(p.tensors)
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias", None)}
+    leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items() if leaf is not None}
+    out = linear_kto_loss(
+        leaves["hidden"],
+        leaves["weight"],
+        p.labels,
+        p.desirable,
+        bias=leaves.get("bias"),
+        **tensors,
+        **p.options,
+        **extra,
+        backend=backend,
+    )
+    wanted = [name for name in trained if name in leaves]
+    return out, dict(zip(wanted, torch.autograd.grad(upstream(out.loss), [leaves[name] for name in wanted])))
+
+
+def check_linear(
+    p: LinearProblem, place: tuple[str, str], dtype: torch.dtype, trained: tuple[str, ...] = HEAD, **extra
+) -> KTOOutput:
+    """Compares every value and gradient with fp64. What plain PyTorch makes is the yardstick; as both round the logits,
+    not by the same sums, theirs is allowed for besides: half a unit of the largest logit for each token, at random."""
+    backend, device = place
+    typed = p.to(dtype, device)
+    exact, exact_grads = plain_linear(typed.to(torch.float64, device), trained)
+    rounded, rounded_grads = plain_linear(typed, trained)
+    out, grads = ours_linear(typed, backend, trained, **extra)
+    unit = torch.finfo(dtype).eps
+    largest_logit = linear(typed.hidden.double(), typed.weight.double()).abs().max().item() if p.labels.numel() else 0
+    tokens = max(1, p.labels.numel() // max(1, len(p.desirable)))
+    noise = max(1.0, largest_logit * tokens**0.5)
+    beta = p.options.get("beta", 0.1)
+    largest = {"logps": noise, "ref_logps": noise, "kl": noise, "rewards": beta * noise, "loss": beta * noise}
+    for name, value in exact.items():
+        assert_as_accurate(name, getattr(out, name), rounded[name], value, unit, largest[name])
+    assert set(grads) == set(exact_grads)
+    for name, grad in grads.items():
+        assert grad.dtype == dtype and grad.shape == exact_grads[name].shape
+        assert_as_accurate(
+            f"gradient of {name}", grad, rounded_grads[name], exact_grads[name], 4 * torch.finfo(dtype).eps
+        )
+    return out

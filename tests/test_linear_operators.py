@@ -1,0 +1,315 @@
+"""The operators from hidden states as PyTorch sees them: which GEMMs run, what upstream gradients cost, autograd's
+rules, torch.compile, opcheck."""
+
+import re
+
+import pytest
+import torch
+from linear_harness import HEAD, VOCAB, WIDTH, linear_problem, ours_linear
+from torch.utils.flop_counter import FlopCounterMode
+
+from kto_kernels import LinearPlan, linear_kto_loss, linear_ops, linear_token_logps
+
+# The padded problem: 5 sequences of 11 rows, of which these are scored.
+LENGTHS = (6, 3, 9, 0, 1)
+SCORED = sum(LENGTHS)
+UNIT = 2 * SCORED * WIDTH * VOCAB
+FOUR_ROWS = 4 * VOCAB * 4
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def gemm_flops(run) -> int:
+    """FLOPs of the matrix products that PyTorch really ran, by the profiler's record of their shapes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        run()
+    total = 0
+    for event in profile.events():
+        if event.name not in ("aten::mm", "aten::addmm"):
+            continue
+        (m, k), (k_, n) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+        assert k == k_
+        if WIDTH in (m, n, k) or WIDTH + 8 in (m, n, k):  # a bias gradient is a vector's product
+            total += 2 * m * n * k
+    return total
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def problem(**options):
+    return linear_problem(LENGTHS, ref=None, kl="number", max_logits_bytes=FOUR_ROWS, **options)
+
+
+def step(p, trained, **extra):
+    tensors = dict(p.tensors)
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias")}
+    leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items()}
+    out = linear_kto_loss(
+        leaves["hidden"], leaves["weight"], p.labels, p.desirable, bias=leaves["bias"], **tensors, **p.options, **extra
+    )
+    if trained:
+        out.loss.sum().backward()
+    return out, leaves
+
+
+# (what is trained, options) → GEMM units. 7 rows of sequences longer than a chunk lie before its last four: 2 of the
+# first and 5 of the third.
+EARLY = 7 / SCORED
+COUNTS = [
+    (HEAD, {"long_sequences": "defer"}, 3),
+    (HEAD, {"long_sequences": "recompute"}, 3 + EARLY),
+    (("hidden", "weight"), {"long_sequences": "defer"}, 3),
+    (("weight",), {"long_sequences": "defer"}, 2),
+    (("bias",), {}, 1),
+    (("hidden", "bias"), {}, 2),
+    (("hidden",), {}, 2),
+    ((), {}, 1),
+    (HEAD, {"reduction": "none"}, 4),
+    (("weight",), {"reduction": "none"}, 3),
+    (("hidden",), {"reduction": "none"}, 2),
+    (HEAD, {"max_logits_bytes": None}, 3),
+]
+
+
+@pytest.mark.parametrize(("trained", "options", "units"), COUNTS, ids=str)
+@pytest.mark.parametrize("count", [gemm_flops, counted])
+def test_gemm_units(count, trained, options, units):
+    p = problem(**{name: value for name, value in options.items() if name != "max_logits_bytes"})
+    p.options |= options
+    assert count(lambda: step(p, trained)) == pytest.approx(units * UNIT)
+
+
+@pytest.mark.parametrize("count", [gemm_flops, counted])
+def test_reference_and_kl_cost_one_unit_each_of_their_scored_rows(count):
+    p = linear_problem(LENGTHS, long_sequences="defer", max_logits_bytes=FOUR_ROWS)
+    ref_width, kl_rows = p.tensors["ref_weight"].shape[1], 11
+    expected = 3 * UNIT + 2 * VOCAB * (SCORED * ref_width + kl_rows * (WIDTH + ref_width))
+    assert count(lambda: step(p, HEAD)) == expected
+
+
+@pytest.mark.parametrize("count", [gemm_flops, counted])
+def test_without_gradients_one_unit(count):
+    p = problem()
+    hidden, weight = p.hidden.requires_grad_(), p.weight.requires_grad_()
+
+    def run(context):
+        with context:
+            out = linear_kto_loss(hidden, weight, p.labels, p.desirable, kl=0.0)
+        assert not out.loss.requires_grad
+
+    assert count(lambda: run(torch.no_grad())) == UNIT
+    assert count(lambda: run(torch.inference_mode())) == UNIT
+
+
+@pytest.mark.parametrize("count", [gemm_flops, counted])
+@pytest.mark.parametrize(("trained", "units"), [(("hidden",), 2), (HEAD, 4), (("weight",), 3), ((), 1)])
+def test_a_dpo_like_loss_on_the_seam(count, trained, units):
+    """Pairs of sequences with any loss on top: 2G with a frozen head, 4G with a trained one."""
+    p = linear_problem((6, 3, 9, 4))
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": p.tensors["bias"]}
+    grads = {}
+
+    def dpo(fused):
+        mine = {name: leaf.detach().clone().requires_grad_(name in trained) for name, leaf in leaves.items()}
+        if fused:
+            logps = linear_token_logps(
+                mine["hidden"], mine["weight"], p.labels, bias=mine["bias"], max_logits_bytes=FOUR_ROWS
+            )
+        else:
+            logits = torch.nn.functional.linear(*mine.values()).log_softmax(-1)
+            logps = logits.gather(-1, p.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(p.labels == -100, 0)
+        sums = logps.sum(-1)
+        loss = -torch.nn.functional.logsigmoid(0.1 * (sums[::2] - sums[1::2])).mean()
+        if trained:
+            loss.backward()
+        grads[fused] = [mine[name].grad for name in trained]
+
+    assert count(lambda: dpo(fused=True)) == units * 2 * 22 * WIDTH * VOCAB
+    dpo(fused=False)
+    for mine, theirs in zip(grads[True], grads[False]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_says_what_runs():
+    p = problem(long_sequences="recompute")
+    plan = LinearPlan.of(
+        LENGTHS, VOCAB, WIDTH, torch.float32, max_logits_bytes=FOUR_ROWS, long_sequences="recompute", device="cpu"
+    )
+    assert plan.flops == gemm_flops(lambda: step(p, HEAD))
+    assert [i for i, _ in plan.recomputed] == [0, 2]
+
+
+# Upstream gradients ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("trained", [HEAD, ("hidden",), ("weight",)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_upstream_gradient_scales_everything(trained, reduction):
+    p = problem(reduction=reduction)
+    grads = []
+    for factor in (1.0, -3.0):
+        out, leaves = ours_linear(p, "cpu", trained)
+        del leaves
+        tensors = dict(p.tensors)
+        mine = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias")}
+        mine = {name: leaf.detach().clone().requires_grad_(name in trained) for name, leaf in mine.items()}
+        out = linear_kto_loss(
+            mine["hidden"], mine["weight"], p.labels, p.desirable, bias=mine["bias"], **tensors, **p.options
+        )
+        weights = torch.arange(1.0, 1 + out.loss.numel()).view_as(out.loss)
+        (factor * weights * out.loss).sum().backward()
+        grads.append({name: mine[name].grad for name in trained})
+    for name in trained:
+        torch.testing.assert_close(grads[1][name], -3.0 * grads[0][name])
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_gradients_are_handed_over_without_a_copy(factor):
+    p = problem()
+    mine = {"hidden": p.hidden.requires_grad_(), "weight": p.weight.requires_grad_()}
+    mine["bias"] = p.tensors["bias"].requires_grad_()
+    out = linear_kto_loss(mine["hidden"], mine["weight"], p.labels, p.desirable, bias=mine["bias"], kl=0.0)
+    formed = [tensor.data_ptr() for tensor in out.loss.grad_fn.saved_tensors[-3:]]
+    (factor * out.loss).backward()
+    assert [leaf.grad.data_ptr() for leaf in mine.values()] == formed
+
+
+def test_a_frozen_heads_gradient_is_handed_over_without_a_copy():
+    p = problem()
+    hidden = p.hidden.requires_grad_()
+    logps = linear_token_logps(hidden, p.weight, p.labels)
+    formed = logps.grad_fn.saved_tensors[0].data_ptr()
+    logps.sum().backward()
+    assert hidden.grad.data_ptr() == formed
+
+
+@pytest.mark.parametrize("trained", [HEAD, ("hidden",)])
+def test_a_second_backward_says_why_not(trained):
+    p = problem()
+    tensors = dict(p.tensors)
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias")}
+    leaves = {name: leaf.detach().requires_grad_(name in trained) for name, leaf in leaves.items()}
+    out = linear_kto_loss(
+        leaves["hidden"], leaves["weight"], p.labels, p.desirable, bias=leaves["bias"], **tensors, **p.options
+    )
+    out.loss.backward(retain_graph=True)
+    first = leaves["hidden"].grad.clone()
+    with pytest.raises(RuntimeError, match="handed over by the first backward"):
+        out.loss.backward()
+    assert torch.equal(leaves["hidden"].grad, first)
+
+
+def test_a_trained_head_on_the_seam_may_run_backward_twice():
+    p = problem()
+    weight = p.weight.requires_grad_()
+    logps = linear_token_logps(p.hidden, weight, p.labels)
+    logps.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    logps.sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * first)
+
+
+@pytest.mark.parametrize("trained", [HEAD, ("hidden",)])
+def test_differentiating_twice_raises(trained):
+    p = problem()
+    leaves = [leaf.detach().requires_grad_() for leaf in (p.hidden, p.weight)]
+    for run in (
+        lambda: linear_kto_loss(*leaves, p.labels, p.desirable, kl=0.0).loss,
+        lambda: linear_token_logps(leaves[0], p.weight, p.labels).sum(),
+        lambda: linear_token_logps(*leaves, p.labels).sum(),
+    ):
+        (grad,) = torch.autograd.grad(run(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            grad.sum().backward()
+
+
+def test_unused_outputs_get_no_gradient():
+    p = problem()
+    hidden = p.hidden.requires_grad_()
+    out = linear_kto_loss(hidden, p.weight.requires_grad_(), p.labels, p.desirable, kl=0.0, outputs=("entropy",))
+    for values in (out.logps, out.rewards, out.kl, out.entropy):
+        assert not values.requires_grad
+
+
+# torch.library and torch.compile ──────────────────────────────────────────────────────────────────────────────────────
+
+
+SCORING = (True, -100, 0.5, 6.0, 1.3, torch.float32, 4 * VOCAB * 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck_token_logps(packed, gradient):
+    p = linear_problem(packed=packed)
+    leaves = (p.hidden.requires_grad_(gradient), p.weight, p.tensors["bias"])
+    arguments = (
+        *leaves,
+        p.labels,
+        p.tensors.get("cu_seqlens"),
+        *SCORING,
+        "entropy,is_top1",
+        gradient,
+        False,
+        "cpu",
+        "",
+    )
+    torch.library.opcheck(torch.ops.kto_kernels.linear_token_logps.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("trained", [(True, True, True), (False, True, False), (True, False, True)])
+def test_opcheck_kto_and_backward(packed, trained):
+    p = linear_problem(packed=packed, ref="logps")
+    head = tuple(
+        leaf.detach().requires_grad_(needed) for leaf, needed in zip((p.hidden, p.weight, p.tensors["bias"]), trained)
+    )
+    offsets = p.tensors.get("cu_seqlens")
+    loss = (p.desirable, p.tensors["ref_logps"], torch.tensor(0.3, dtype=torch.float64), 0.1, 1.0, 1.2, False, "mean")
+    arguments = (*head, p.labels, offsets, *loss, *SCORING, "defer", "mean_logits", *trained, False, "cpu")
+    torch.library.opcheck(torch.ops.kto_kernels.linear_kto.default, arguments)
+    grad = torch.randn(p.labels.shape)
+    arguments = (grad, *(leaf.detach() for leaf in head), p.labels, offsets, *SCORING, *trained, "cpu")
+    torch.library.opcheck(torch.ops.kto_kernels.linear_backward.default, arguments)
+
+
+def test_opcheck_scaling():
+    torch.library.opcheck(torch.ops.kto_kernels.scale_.default, (torch.randn(5, 3), torch.tensor(2.0), "cpu"))
+    torch.library.opcheck(torch.ops.kto_kernels.scale_rows_.default, (torch.randn(5, 3), torch.randn(5)))
+
+
+@pytest.mark.parametrize("trained", [HEAD, ("hidden",), ("weight",)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole(fresh_compiler, trained, reduction):
+    p = linear_problem(reduction=reduction, max_logits_bytes=FOUR_ROWS, outputs=("entropy",))
+    tensors = dict(p.tensors)
+    leaves = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias")}
+
+    def loss(hidden, weight, bias):
+        out = linear_kto_loss(
+            hidden * 1, weight, p.labels, p.desirable, bias=bias, **tensors, **p.options, backend="cpu"
+        )
+        return out.loss.sum() * 3, out.entropy
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="inductor")):
+        mine = {name: leaf.detach().clone().requires_grad_(name in trained) for name, leaf in leaves.items()}
+        value, entropy = function(**mine)
+        value.backward()
+        results.append([value.detach(), entropy, *(mine[name].grad for name in trained)])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled)
+
+
+def test_the_schemas_are_stable():
+    """Saved graphs (torch.export) name these operators."""
+    for name in ("linear_token_logps", "linear_backward", "linear_kto", "scale_", "scale_rows_"):
+        schema = str(getattr(torch.ops.kto_kernels, name).default._schema)
+        assert re.match(rf"kto_kernels::{name}\(", schema)
+    assert linear_ops.linear_kto._opoverload._schema.returns[0].type.kind() == "TensorType"
