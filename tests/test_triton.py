@@ -454,7 +454,7 @@ def test_chunk_at_any_alignment(lead, scale, dtype, poisoned_memory):
     logits = storage[lead:].view(len(at), vocab + 3)[:, :vocab]
     logits.copy_(2 * torch.randn(logits.shape))
     logits[:, 100:200] = -torch.inf
-    labels = torch.tensor([at, at], device=DEVICE).t()[:, 1]
+    labels = torch.tensor([at, at], device=DEVICE).t().contiguous()[:, 1]
     logits[::2] = logits[::2].scatter(-1, labels[::2, None], 12.0)
     before = logits.clone()
     scores = BACKEND.score_chunk(logits, labels, scale, True, OUTPUTS)
@@ -483,6 +483,27 @@ def test_the_first_of_equal_logits_is_the_top(softcap, poisoned_memory):
     logits[len(at) :, 77] = 39.75  # in fp32 its tanh is no less
     scores = BACKEND.score_chunk(logits, labels, Scale(softcap=softcap), False, ("is_top1",))
     assert scores.is_top1.tolist() == [True, False, False, False] + [True] * len(at)
+
+
+def test_tanh_is_rounded_and_the_top_is_not(poisoned_memory):
+    """Neighbours in fp32, ascending: their tanh is often the same, and on a GPU may descend by some ulp."""
+    starts = torch.logspace(-2, 0.5, 60).view(torch.int32)
+    logits = (starts[:, None] + torch.arange(40, dtype=torch.int32)).view(torch.float32)
+    last = torch.full((60,), 39, device=DEVICE)
+    for labels, top in ((last, True), (last - 1, False)):
+        scores = BACKEND.score_chunk(logits.to(DEVICE), labels, Scale(softcap=1.0), False, ("is_top1",))
+        assert scores.is_top1.tolist() == [top] * 60
+
+
+def test_a_row_without_a_possible_token(poisoned_memory):
+    logits = torch.full((2, 300), -torch.inf, device=DEVICE)
+    labels = torch.tensor([0, 7], device=DEVICE)
+    expected = reference.outputs(logits, labels, OUTPUTS)
+    scores = BACKEND.score_chunk(logits, labels, Scale(), True, OUTPUTS)
+    assert (scores.logps == -torch.inf).all()
+    for name, value in expected.items():
+        assert torch.equal(getattr(scores, name), value), name
+    assert torch.equal(logits, torch.nn.functional.one_hot(labels, 300).float())  # as reference.token_logps_grad has it
 
 
 def test_a_row_with_a_nan_has_no_top(poisoned_memory):
