@@ -33,13 +33,13 @@ class ScoredRows:
 
     @classmethod
     def of(
-        cls, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
+        cls, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, vocab: int
     ) -> ScoredRows:
         """Waits for the device once: how many rows there are decides shapes."""
-        target = reference.targets(labels, shift, ignore_index, cu_seqlens)
-        lengths = scored_lengths(target, cu_seqlens, ignore_index)
+        target, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, vocab)
+        lengths = scored_lengths(scored, cu_seqlens)
         # The count is known now, so that nothing waits again.
-        positions = (target != ignore_index).flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
+        positions = scored.flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
         return cls(hidden, positions, target.flatten()[positions].long(), lengths)
 
     def take(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:  # (C, H)
@@ -61,10 +61,18 @@ class ScoredRows:
         return out.view(shape)
 
 
-def scored_lengths(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> list[int]:
-    """Scored rows of each sequence; of (N,) targets without `cu_seqlens`, one sequence."""
-    scored = target != ignore_index
-    if target.dim() == 1 and cu_seqlens is None:
+def scored_targets(
+    labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """Each position's target, and whether it is scored: it is not `ignore_index`, nor (on a GPU, where no error says
+    so) outside the vocabulary."""
+    target = reference.targets(labels, shift, ignore_index, cu_seqlens)
+    return target, (target != ignore_index) & (target >= 0) & (target < vocab)
+
+
+def scored_lengths(scored: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Scored rows of each sequence; (N,) without `cu_seqlens` is one sequence."""
+    if scored.dim() == 1 and cu_seqlens is None:
         return [int(scored.sum())]
     return reference.per_sequence(scored, cu_seqlens).long().tolist()
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks, ops, reference
 from .backends import select
-from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, scored_lengths, walk
+from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, scored_lengths, scored_targets, walk
 from .plan import LinearPlan
 from .rows import OUTPUTS, LossOptions, Scale
 
@@ -30,11 +30,11 @@ from .rows import OUTPUTS, LossOptions, Scale
 
 def _frame(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype, backend, prefix=""):
     """(backend, scored rows, head) of checked arguments; `prefix` is that of the labels, for messages."""
-    chosen = select(backend, hidden.device, dtype)
+    chosen = select(backend, hidden.device, dtype, "hidden, weight")
     checks.label_values(labels, weight.shape[0], ignore_index, prefix)
     if cu_seqlens is not None:
         checks.offset_values(f"{prefix}cu_seqlens", cu_seqlens, labels.numel())
-    rows = ScoredRows.of(hidden, labels, cu_seqlens, shift, ignore_index)
+    rows = ScoredRows.of(hidden, labels, cu_seqlens, shift, ignore_index, weight.shape[0])
     return chosen, rows, Head(weight.to(dtype), None if bias is None else bias.to(dtype), Scale(*scale))
 
 
@@ -157,8 +157,8 @@ def _token_logps_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 17
     hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
-    shift, ignore_index = ctx.options[:2]
     if ctx.formed:
+        shift, ignore_index = ctx.options[:2]
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
         dhidden = _own(ctx, hidden)
         scale_rows_(dhidden, torch.where(scored, grad, 0.0))
@@ -405,8 +405,8 @@ def _flops(hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs
     if isinstance(labels, FakeTensor):  # no values to look at: every row counts
         lengths = [labels.numel()]
     else:
-        target = reference.targets(labels, shift, ignore_index, cu_seqlens)
-        lengths = scored_lengths(target, cu_seqlens, ignore_index)
+        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
+        lengths = scored_lengths(scored, cu_seqlens)
     return _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options).flops
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, linear_ops, ops, reference
+from .linear import scored_targets
 from .output import KTOOutput
 from .plan import LONG_SEQUENCES
 from .rows import OUTPUTS
@@ -255,7 +256,8 @@ def linear_kto_loss(
         raise ValueError("ref_bias: goes with ref_weight, got none")
     if ref_hidden is not None:
         checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight)
-        checks.shape("labels", labels, tuple(ref_hidden.shape[:-1]), "ref_hidden without its last dimension")
+        rows = tuple(labels.shape)
+        checks.shape("ref_hidden", ref_hidden, (*rows, ref_weight.shape[1]), "the labels', and ref_weight's width")
     kl_count = None
     if kl_hidden is None and ref_kl_hidden is None and (kl_labels is not None or kl_cu_seqlens is not None):
         raise ValueError("kl_labels, kl_cu_seqlens: go with kl_hidden or ref_kl_hidden, got neither")
@@ -284,7 +286,7 @@ def linear_kto_loss(
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
 
     def sequence_sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
+        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
         return reference.sequence_logps(token_logps, scored if average_log_prob else None, cu_seqlens)
 
     def forward_only(hidden, weight, bias, labels, cu_seqlens, prefix: str = "") -> Tensor | None:
@@ -321,7 +323,7 @@ def linear_kto_loss(
         logps = sequence_sums(token_logps, labels, cu_seqlens)
     more = {name: values for name, values in zip(OUTPUTS, extra) if name in outputs}
     if outputs:
-        more["scored"] = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
-        more["cu_seqlens"] = cu_seqlens
+        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
+        more |= {"scored": scored, "cu_seqlens": cu_seqlens}
     float_dtype = reference.compute_dtype(dtype)
     return loss_output(logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, float_dtype, loss, **more)

@@ -19,9 +19,10 @@ LONG_SEQUENCES = ("auto", "defer", "recompute")
 
 # Machine balance: FLOPs of a GEMM in the time of one byte from memory. It steers the automatic choices and no result.
 _BALANCE = {"cpu": {"half": 48, "single": 16}, "cuda": {"half": 230, "single": 20}}
-# A trainable head reads and writes the whole fp32 dW for every chunk: `4·balance / C` of the chunk's GEMM. With C =
-# 16·balance that is a quarter of a GEMM. Without a dW only the head itself is read, so less will do.
-_ROWS_PER_BALANCE = {True: 16, False: 4}
+# A trained head reads and writes the whole fp32 dW for every chunk: `4·balance / C` of the chunk's GEMM. With C =
+# 16·balance that is a quarter of a GEMM. Without a dW only the head itself is read, so less will do. Not below the rows
+# that a GEMM needs to be efficient. needs_weight → (rows per balance, least rows)
+_ROWS = {True: (16, 256), False: (4, 512)}
 _ROWS_MULTIPLE = 128
 # Ending a deferred sequence reads and writes dW and reads the second one: 12·V·H bytes, the time of 6·balance rows of a
 # GEMM.
@@ -141,7 +142,8 @@ class LinearPlan:
                     f"{dtype.itemsize} bytes), got {max_logits_bytes}"
                 )
             return cut(max_logits_bytes // row_bytes)
-        rows = math.ceil(_ROWS_PER_BALANCE[needs_weight] * balance / _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        per_balance, least = _ROWS[needs_weight]
+        rows = max(least, math.ceil(per_balance * balance / _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
         chosen = cut(rows)
         # Larger chunks where they cost no memory: with the longest sequence inside one there is no second dW, with
         # everything inside one no fp32 dW.

@@ -91,7 +91,11 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, as for any linear layer; else the one that holds both."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and dtype != torch.float64
+    ):
         return torch.get_autocast_dtype(device_type)
     return dtype
 

@@ -30,12 +30,12 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
     return {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def select(name: str, device: torch.device, dtype: torch.dtype, argument: str = "logits") -> Backend:
     """The backend called `name`, or for `"auto"` the first of the device's preference that takes `dtype`.
 
     Raises:
         RuntimeError: a backend named explicitly cannot run on `device`.
-        TypeError: it does not take logits of `dtype`.
+        TypeError: it does not take `dtype`, which `argument` has.
     """
     if name == "auto":
         return _automatic(device.type, dtype)
@@ -44,7 +44,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}")
     if dtype not in backend.dtypes:
-        raise TypeError(f"logits: backend={name!r} takes {_names(backend.dtypes)}, got {_names([dtype])}")
+        raise TypeError(f"{argument}: backend={name!r} takes {_names(backend.dtypes)}, got {_names([dtype])}")
     return backend
 
 

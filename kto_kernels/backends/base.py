@@ -25,7 +25,7 @@ class Backend(ABC):
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         """A buffer for the gradient of `logits`, contiguous and not initialised."""
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        return self.empty(logits.shape, logits.dtype, logits.device)
 
     @abstractmethod
     def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:

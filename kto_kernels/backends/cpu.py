@@ -42,8 +42,8 @@ class CpuBackend(StagedBackend):
             return f"it runs on CPU tensors, not on {device.type}"
         return None
 
-    def new_gradient(self, logits):
-        out = super().new_gradient(logits)
+    def empty(self, shape, dtype, device):
+        out = super().empty(shape, dtype, device)
         if out.nbytes >= _HUGE:
             _cpu.advise_huge_pages(data=pointer(out), bytes=out.nbytes)
         return out

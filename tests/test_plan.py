@@ -1,0 +1,141 @@
+"""The plan of the chunks: what every plan must hold, and why each decision falls as it does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kto_kernels import LinearPlan
+from kto_kernels.plan import Task
+
+V, H = 1000, 8
+ROW = 4 * V  # bytes of a row of fp32 logits
+
+
+def plan(lengths, rows=None, dtype=torch.float32, **options):
+    """In fp32 chunks of `rows`, or automatic."""
+    budget = None if rows is None else rows * dtype.itemsize * options.get("vocab", V)
+    vocab, hidden = options.pop("vocab", V), options.pop("hidden", H)
+    return LinearPlan.of(lengths, vocab, hidden, dtype, max_logits_bytes=budget, device="cpu", **options)
+
+
+lengths = st.lists(st.integers(0, 50), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths=lengths,
+    rows=st.integers(1, 60),
+    long_sequences=st.sampled_from(["auto", "defer", "recompute"]),
+    needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    known=st.booleans(),
+)
+def test_every_plan(lengths, rows, long_sequences, needs, known):
+    hidden, weight, bias = needs
+    known = known and any(needs)
+    p = plan(
+        lengths, rows, needs_hidden=hidden, needs_weight=weight, needs_bias=bias, known_coefficients=known,
+        long_sequences=long_sequences, balance=2,
+    )  # fmt: skip
+    total, ends = sum(lengths), [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    scored, formed = [0] * total, [0] * total
+    apart = set()  # sequences with rows in the second dW
+    for chunk in p.chunks:
+        assert 0 < chunk.rows <= rows
+        first, last = chunk.sequences
+        assert first < last <= len(lengths)
+        # The rows are of the sequences that the chunk says.
+        begin = ends[first] - lengths[first]
+        assert begin <= chunk.start and chunk.stop <= ends[last - 1]
+        for n in range(chunk.start, chunk.stop):
+            scored[n] += chunk.task is not Task.AGAIN or known
+            formed[n] += chunk.task is not Task.SCORE
+        if chunk.task is Task.DEFER:
+            assert last == first + 1
+            apart.add(first)
+            assert len(apart) == 1  # one open sequence at a time
+        if chunk.task is Task.CLOSE and (weight or bias) and not known:
+            # The coefficients of all of its rows are known: every row of these sequences is scored by now.
+            assert chunk.stop == ends[last - 1]
+            assert all(scored[n] for n in range(begin, ends[last - 1]))
+            assert apart <= {first}
+            apart.clear()
+        if chunk.task is Task.AGAIN and not known:
+            assert all(scored[n] for n in range(begin, ends[last - 1]))
+    assert not apart
+    assert all(count == 1 for count in scored)
+    assert all(count == int(any(needs)) for count in formed if hidden or weight or bias)
+    extra = sum(chunk.rows for chunk in p.chunks) - total
+    assert p.gemm_units * total == pytest.approx(total * (1 + hidden + weight) + extra)
+    if long_sequences == "defer" or not (weight or bias) or known:
+        assert extra == 0
+    else:
+        assert extra <= sum(max(0, length - rows) for length in lengths)
+    assert {i for i, _ in p.deferred} | {i for i, _ in p.recomputed} == (
+        {i for i, length in enumerate(lengths) if length > rows} if (weight or bias) and not known else set()
+    )
+
+
+def test_a_budget_that_holds_no_row_says_how_much_it_takes():
+    with pytest.raises(ValueError, match=r"max_logits_bytes: expected at least 4000 .*1000 × 4 bytes.*got 3999"):
+        LinearPlan.of([3], V, H, torch.float32, max_logits_bytes=ROW - 1, device="cpu")
+    assert LinearPlan.of([3], V, H, torch.float32, max_logits_bytes=ROW, device="cpu").chunk_rows == 1
+
+
+def test_the_faster_way_for_a_long_sequence():
+    # A pass over a second dW costs 6·balance = 60 rows of a GEMM.
+    p = plan([159, 161, 99, 1], 100, balance=10)
+    assert [i for i, _ in p.recomputed] == [0] and [i for i, _ in p.deferred] == [1]
+    assert "59 of them before its last chunk" in p.recomputed[0][1] and "60 rows" in p.recomputed[0][1]
+    # A second bias gradient costs nothing.
+    p = plan([159, 161], 100, balance=10, needs_weight=False, needs_bias=True)
+    assert len(p.deferred) == 2
+    # A forced one is forced.
+    assert len(plan([159, 161], 100, balance=10, long_sequences="defer").deferred) == 2
+    assert len(plan([159, 161], 100, balance=10, long_sequences="recompute").recomputed) == 2
+
+
+def test_a_second_dw_only_for_a_second_deferred_sequence():
+    one = plan([500, 20, 30], 100, long_sequences="defer")
+    two = plan([500, 20, 300], 100, long_sequences="defer")
+    assert "deferred weight gradient" not in one.bytes
+    assert two.bytes["deferred weight gradient"] == 4 * V * H
+
+
+def test_chunks_grow_where_that_takes_no_memory():
+    wide = {"vocab": 16000, "hidden": 4096}
+    base = plan([100] * 100, dtype=torch.bfloat16, balance=20, **wide).chunk_rows
+    assert base == 384  # 16·balance, in multiples of 128
+    # One bf16 dW in one piece instead of an fp32 sum and its rounding: everything at once takes less memory.
+    everything = plan([100] * 20, dtype=torch.bfloat16, balance=20, **wide)
+    assert everything.chunk_rows == 2000 and len(everything.chunks) == 1
+    assert everything.weight_gradient_dtype == torch.bfloat16
+    # A narrow head: the logits of everything would be more than they save.
+    assert plan([100] * 20, dtype=torch.bfloat16, balance=20, hidden=64).chunk_rows == 384
+    # The longest sequence inside a chunk instead of a second dW.
+    assert plan([1000, 1000] + [10] * 1000, balance=20, **wide).chunk_rows == 1000
+
+
+def test_the_bytes_are_what_the_buffers_hold():
+    p = plan([60, 40], 50, hidden=16, hidden_rows=200, needs_bias=True, long_sequences="defer")
+    assert p.bytes == {
+        "logits": 50 * V * 4,
+        "chunk of hidden": 50 * 16 * 4,
+        "hidden gradient": 200 * 16 * 4,
+        "chunk of the hidden gradient": 50 * 16 * 4,
+        "scaled chunk of hidden": 50 * 16 * 4,
+        "weight gradient": V * 16 * 4,
+    }
+    assert p.peak_bytes == sum(p.bytes.values())
+    half = plan([60, 40], 50, torch.bfloat16, hidden=16)
+    assert half.bytes["weight gradient"] == V * 16 * 4 and half.bytes["rounded weight gradient"] == V * 16 * 2
+    mixed = plan([60], 100, torch.bfloat16, hidden=16, weight_dtype=torch.float32, hidden_dtype=torch.float32)
+    assert mixed.bytes["head in the GEMMs' dtype"] == V * 16 * 2
+    assert mixed.bytes["hidden gradient"] == 60 * 16 * 4 and "rounded weight gradient" not in mixed.bytes
+
+
+def test_in_words():
+    text = repr(plan([300, 40], 100, long_sequences="defer"))
+    assert "340 rows × V=1,000, H=8, float32" in text and "3.00 G" in text
+    assert "sequence 0 deferred: 300 rows, 200 of them before its last chunk" in text
+    assert "logits" in text and "KiB" in text
