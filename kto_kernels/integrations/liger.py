@@ -1,0 +1,223 @@
+"""In place of Liger-Kernel's KTO loss (0.8.5): the same calls and the same results, by `linear_kto_loss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, reference
+from ..loss import linear_kto_loss
+from ..stages import linear_token_logps, sequence_logps
+from .patching import Patch, Replaced, check_call, holders, load, original, undo, version
+
+
+def liger_fused_linear_kto(
+    _input: Tensor,  # (B, T, H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (B, T)
+    preference_labels: Tensor,  # (B,) bool
+    bias: Tensor | None = None,  # (V,)
+    ref_input: Tensor | None = None,  # (B, T, H')
+    ref_weight: Tensor | None = None,  # (V, H')
+    ref_bias: Tensor | None = None,  # (V,)
+    kl: Tensor | float | None = None,  # (), (1,) or (B,)
+    ignore_index: int = -100,
+    beta: float = 0.1,
+    compiled: bool = True,
+    use_ref_model: bool = True,
+    average_log_prob: bool = False,
+    chunk_size: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """In place of `liger_kernel.chunked_loss.functional.liger_fused_linear_kto`, in its order of arguments.
+
+    Args:
+        _input: (B, T, H) hidden states, each predicting the target at its own position (already shifted); bf16, fp16,
+            fp32 (fp64: slowly), any strides: `hidden[:, :-1]` costs no copy.
+        weight, bias: the head, (V, H) and (V,).
+        target: (B, T) int32 or int64; `ignore_index` where nothing is scored.
+        preference_labels: (B,) bool, True for chosen.
+        ref_input, ref_weight, ref_bias: the reference's hidden states and head; used where `use_ref_model`.
+        kl: the reference point in nats: one number, or (B,), one for each sequence; None is 0. Taken as it is: the
+            caller has clamped it at 0, or wants it negative. No gradient.
+        beta: > 0.
+        use_ref_model: with a reference; without, its log-probabilities count as 0.
+        average_log_prob: sequence log-probabilities are means over the scored tokens instead of sums.
+        compiled, chunk_size: have no effect; how the work is cut follows from the memory it takes, and changes no result.
+
+    Returns:
+        `(loss, (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
+        rejected_rewards_sum))`, all () fp32 (fp64 for fp64 `_input`): the mean loss over the B sequences, and sums over
+        those of each class, without gradient: of log-probabilities, of all V logits of every scored token, and of
+        rewards `beta · (logps − ref_logps)`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: in backward, the gradient is differentiated or asked for a second time.
+
+    Where the results are not Liger's:
+        - `kl` of shape (B,): Liger, at its default `chunk_size=1`, adds up the losses of every sequence at every
+          sequence's reference point, and stops with an error at most other sizes.
+        - A sequence without a scored token: Liger's mean log-probability, and with it the loss and every gradient, is
+          NaN; here it is 0.
+        - The logits sums: Liger's take in the prompt and the padding. They agree where no token is ignored.
+        - `1 − σ(x)`, which is 0 from x ≈ 17 in fp32, is computed without that loss of digits, and the gradient of the
+          head is summed in fp32 whatever its dtype.
+        - Under `torch.no_grad()` no gradient is computed.
+    """
+    checks.head(_input, weight, bias, name="_input")
+    if _input.dim() != 3:
+        raise ValueError(f"_input: expected (B, T, H), got shape {tuple(_input.shape)}")
+    checks.tensor("target", target, checks.INTEGERS, like=_input)
+    checks.shape("target", target, tuple(_input.shape[:2]), "_input without its last dimension")
+    count = _input.shape[0]
+    checks.tensor("preference_labels", preference_labels, (torch.bool,), like=_input)
+    checks.shape("preference_labels", preference_labels, (count,), "one per sequence")
+    checks.integer("ignore_index", ignore_index)
+    checks.flag("use_ref_model", use_ref_model)
+    checks.flag("average_log_prob", average_log_prob)
+
+    ref_logps = torch.zeros(count, dtype=torch.float64, device=_input.device)
+    if use_ref_model:
+        for name, tensor in (("ref_input", ref_input), ("ref_weight", ref_weight)):
+            if tensor is None:
+                raise ValueError(f"{name}: needed with use_ref_model=True, got None")
+        checks.reference_head(ref_input, ref_weight, ref_bias, "ref_input", weight)
+        checks.shape("ref_input", ref_input, (*target.shape, ref_input.shape[-1]), "as _input")
+        with torch.no_grad():
+            tokens = linear_token_logps(ref_input, ref_weight, target, bias=ref_bias, ignore_index=ignore_index)
+            ref_logps = sequence_logps(
+                tokens, labels=target, average_log_prob=average_log_prob, ignore_index=ignore_index
+            )
+
+    # r − z0 = S^π − (S^ref + z0): a reference point for each sequence is a shift of its reference.
+    out = linear_kto_loss(
+        _input,
+        weight,
+        target,
+        preference_labels,
+        bias=bias,
+        ref_logps=ref_logps + _reference_points(kl, _input),
+        kl=0.0,
+        outputs=("mean_logits",),
+        beta=beta,
+        average_log_prob=average_log_prob,
+        ignore_index=ignore_index,
+    )
+    rewards = beta * reference.log_ratio(out.logps, ref_logps)
+    logits = out.mean_logits.double().sum(-1) * weight.shape[0]
+    sums = [
+        torch.where(side, values, 0.0).sum().to(out.loss.dtype)
+        for values in (out.logps, logits, rewards)
+        for side in (preference_labels, ~preference_labels)
+    ]
+    return out.loss, tuple(sums)
+
+
+def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | float:
+    """What broadcasts to one reference point for each of the B sequences, fp64."""
+    if kl is None:
+        return 0.0
+    if isinstance(kl, (int, float)) and not isinstance(kl, bool):
+        return float(kl)
+    checks.tensor("kl", kl, checks.FLOATS, like=hidden)
+    if kl.dim() > 1 or kl.numel() not in (1, hidden.shape[0]):
+        raise ValueError(f"kl: expected shape (), (1,) or ({hidden.shape[0]},), got {tuple(kl.shape)}")
+    return kl.detach().double()
+
+
+class LigerFusedLinearKTOLoss(nn.Module):
+    """In place of `liger_kernel.chunked_loss.LigerFusedLinearKTOLoss`, with its arguments; see `liger_fused_linear_kto`
+    for what they mean, what comes back, and where Liger's results are others."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compiled: bool = True,
+        use_ref_model: bool = False,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+    ):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        _input: Tensor,  # (B, T, H)
+        lin_weight: Tensor,  # (V, H)
+        target: Tensor,  # (B, T)
+        bias: Tensor | None = None,  # (V,)
+        preference_labels: Tensor | None = None,  # (B,) bool; never None, whatever the default
+        ref_input: Tensor | None = None,  # (B, T, H')
+        ref_weight: Tensor | None = None,  # (V, H')
+        ref_bias: Tensor | None = None,  # (V,)
+        kl: Tensor | float | None = None,  # (), (1,) or (B,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`(loss, sums)`, as `liger_fused_linear_kto`; `lin_weight` is its `weight`."""
+        return liger_fused_linear_kto(
+            _input,
+            lin_weight,
+            target,
+            preference_labels,
+            bias=bias,
+            ref_input=ref_input,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            kl=kl,
+            ignore_index=self.ignore_index,
+            beta=self.beta,
+            compiled=self.compiled,
+            use_ref_model=self.use_ref_model,
+            average_log_prob=self.average_log_prob,
+            chunk_size=self.chunk_size,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, beta={self.beta}, use_ref_model={self.use_ref_model}, "
+            f"average_log_prob={self.average_log_prob}"
+        )
+
+
+_REPLACED: list[Replaced] = []
+
+
+def patch_liger() -> Patch:
+    """Puts our `LigerFusedLinearKTOLoss` and `liger_fused_linear_kto` wherever an imported module holds Liger's:
+    `liger_kernel.chunked_loss`, its submodules, and trainers that have imported them (TRL 0.17 to 1.12 with
+    `use_liger_kernel=True`).
+
+    Call it before the trainer is made, which keeps the loss it was made with; or use it as a context manager, which
+    leaves what it found. A second call replaces what has appeared since. A module that imports the names while they are
+    replaced keeps ours after `unpatch_liger()`.
+
+    Raises:
+        ImportError: liger_kernel is not installed, or has no `chunked_loss`.
+        RuntimeError: its KTO loss is called otherwise than 0.8.5's.
+    """
+    library, functional, module = (
+        load(f"liger_kernel.chunked_loss{name}", "patch_liger", "liger-kernel")
+        for name in ("", ".functional", ".kto_loss")
+    )
+    theirs = original(_REPLACED, library, "LigerFusedLinearKTOLoss", "patch_liger")
+    their_function = original(_REPLACED, functional, "liger_fused_linear_kto", "patch_liger")
+    apply = original(_REPLACED, module, "LigerFusedLinearKTOFunction", "patch_liger").forward
+    what = f"patch_liger: {version('liger-kernel')}: LigerFusedLinearKTO"
+    check_call(theirs, LigerFusedLinearKTOLoss, f"{what}Loss")
+    check_call(theirs.forward, LigerFusedLinearKTOLoss.forward, f"{what}Loss.forward")
+    check_call(apply, liger_fused_linear_kto, f"{what}Function.forward", skip=1)  # ctx
+    patch = Patch(_REPLACED)
+    for peer, ours in ((theirs, LigerFusedLinearKTOLoss), (their_function, liger_fused_linear_kto)):
+        for holder, name in list(holders(peer)):
+            patch.replace(holder, name, ours)
+    return patch
+
+
+def unpatch_liger() -> None:
+    """Puts Liger's own class and function back; nothing where they are in place."""
+    undo(_REPLACED)
