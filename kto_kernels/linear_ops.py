@@ -12,6 +12,7 @@ loop depends on how many tokens are scored.
 
 # No `from __future__ import annotations`: torch.library reads the schemas from the annotations.
 import math
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -102,16 +103,16 @@ def _power_of_two_below(value: float) -> float:
 def linear_token_logps(
     hidden: Tensor,  # (B, T, H) or (N, H)
     weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    bias: Optional[Tensor],  # (V,)
     labels: Tensor,  # (B, T) or (N,)
-    cu_seqlens: Tensor | None,  # (B + 1,)
+    cu_seqlens: Optional[Tensor],  # (B + 1,)
     shift: bool,
     ignore_index: int,
     logit_scale: float,
-    softcap: float | None,
+    softcap: Optional[float],
     temperature: float,
     dtype: torch.dtype,  # of the GEMMs
-    max_logits_bytes: int | None,
+    max_logits_bytes: Optional[int],
     outputs: str,
     gradient: bool,  # whether the hidden states' is formed
     inplace_backward: bool,  # the caller keeps no gradient that this returns: the backward may scale it where it lies
@@ -201,16 +202,16 @@ def linear_backward(
     grad: Tensor,  # labels-shaped
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Optional[Tensor],
     labels: Tensor,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Optional[Tensor],
     shift: bool,
     ignore_index: int,
     logit_scale: float,
-    softcap: float | None,
+    softcap: Optional[float],
     temperature: float,
     dtype: torch.dtype,
-    max_logits_bytes: int | None,
+    max_logits_bytes: Optional[int],
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -248,11 +249,11 @@ def _(grad, hidden, weight, bias, labels, cu_seqlens, *options):
 def linear_kto(
     hidden: Tensor,  # (B, T, H) or (N, H)
     weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    bias: Optional[Tensor],  # (V,)
     labels: Tensor,  # (B, T) or (N,)
-    cu_seqlens: Tensor | None,  # (B + 1,)
+    cu_seqlens: Optional[Tensor],  # (B + 1,)
     desirable: Tensor,  # (B,) bool
-    ref_logps: Tensor | None,  # (B,)
+    ref_logps: Optional[Tensor],  # (B,)
     z0: Tensor,  # ()
     beta: float,
     desirable_weight: float,
@@ -262,10 +263,10 @@ def linear_kto(
     shift: bool,
     ignore_index: int,
     logit_scale: float,
-    softcap: float | None,
+    softcap: Optional[float],
     temperature: float,
     dtype: torch.dtype,  # of the GEMMs
-    max_logits_bytes: int | None,
+    max_logits_bytes: Optional[int],
     long_sequences: str,
     outputs: str,
     needs_hidden: bool,
