@@ -5,60 +5,86 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import inspect, logits, report
+from . import inspect, linear, logits, peers, report
 from .environment import ROOT, describe
-from .measure import in_fresh_process
+from .measure import DTYPES, in_fresh_process
 
 RESULTS = ROOT / "benchmarks" / "results"
-SHAPES = {"cpu": [(1024, 49152)], "cuda": [(8192, 128256), (64, 128256), (8, 128256)]}
 NARROW = (2**20, 8)  # a shape whose O(N) memory is seen beside the rest
 console = Console(width=140)
 
 
+def shapes(args: argparse.Namespace) -> list[tuple]:
+    if args.quick:
+        return [args.benchmark.QUICK]
+    return [tuple(args.shape)] if args.shape else args.benchmark.SHAPES[args.device]
+
+
 def run_logits(args: argparse.Namespace) -> None:
-    device = args.device
-    shapes = [(64, 4096)] if args.quick else [tuple(args.shape)] if args.shape else SHAPES[device]
+    result, path = measure_cases(args, shapes(args))
+    if not args.quick:
+        inplace = f"kto_loss, {peers.backends(args.device)[0]}, {logits.INPLACE}"
+        size = memory(logits, inplace, ("fp32", *NARROW), args.device)
+        result["in-place bytes per token"] = {"N": NARROW[0], "V": NARROW[1], "bytes": size}
+    finish(result, path, [(report.provenance(result), report.logits_table(result))], report.notes(result))
+
+
+def run_linear(args: argparse.Namespace) -> None:
+    heads = [linear.FROZEN] if args.frozen else linear.HEADS[args.device]
+    result, path = measure_cases(args, [(*shape, head) for shape in shapes(args) for head in heads])
+    console.print(report.provenance(result))
+    finish(result, path, report.linear_tables(result), report.linear_notes(result))
+
+
+def measure_cases(args: argparse.Namespace, shapes: list[tuple]) -> tuple[dict, Path | None]:
+    """Time and memory of every shape in every dtype, and where they are written."""
+    benchmark, device = args.benchmark, args.device
+    name = benchmark.__name__.rsplit(".", 1)[-1]
     repeats = 3 if args.quick else args.repeats
-    result = {"benchmark": "logits", "device kind": device, **describe(device), "cases": []}
-    path = args.json or (None if args.quick else RESULTS / f"logits-{device}.json")
-    variants = logits.memory_variants(device)
+    result = {"benchmark": name, "device kind": device, **describe(device), "cases": []}
+    path = args.json or (None if args.quick else RESULTS / f"{name}-{device}.json")
+    variants = benchmark.memory_variants(device)
     with Progress(console=console) as progress:
-        for n, vocab in shapes:
-            for dtype in args.dtype or ["fp32", "bf16"]:
-                task = progress.add_task(f"N={n}, V={vocab}, {dtype}", total=repeats + 1 + len(variants))
+        for shape in shapes:
+            for dtype in args.dtype or benchmark.DEFAULT_DTYPES[device]:
+                label = ", ".join(map(str, (*shape, dtype)))
+                task = progress.add_task(label, total=repeats + 1 + len(variants))
 
                 def tick(task=task):
                     progress.advance(task)
 
-                case = logits.run(dtype, n, vocab, repeats, tick, device)
+                case = benchmark.run(dtype, *shape, repeats, tick, device)
                 case["peak extra bytes"] = {}
                 for variant in variants:
-                    case["peak extra bytes"][variant] = memory(variant, dtype, n, vocab, device)
+                    if variant in case["seconds"]:  # what failed the gate is not measured
+                        case["peak extra bytes"][variant] = memory(benchmark, variant, (dtype, *shape), device)
                     tick()
                 result["cases"].append(case)
                 write(result, path)  # as soon as it exists: a run cut off leaves its results
-    if not args.quick:
-        inplace = next(name for name in variants if name.endswith(logits.INPLACE))
-        size = memory(inplace, "fp32", *NARROW, device)
-        result["in-place bytes per token"] = {"N": NARROW[0], "V": NARROW[1], "bytes": size}
-        write(result, path)
-    show(report.logits_table(result), report.provenance(result))
-    for line in report.notes(result):
+    return result, path
+
+
+def memory(benchmark: ModuleType, variant: str, case: tuple, device: str) -> int:
+    if device == "cuda":
+        return benchmark.memory(variant, *case, device)
+    return in_fresh_process(benchmark.__name__, variant, *map(str, case), device)
+
+
+def finish(result: dict, path: Path | None, tables: list[tuple[str, list]], notes: list[str]) -> None:
+    write(result, path)
+    for title, rows in tables:
+        show(rows, title)
+    for line in notes:
         console.print(line)
     if path:
         console.print(f"written to {path}")
-
-
-def memory(variant: str, dtype: str, n: int, vocab: int, device: str) -> int:
-    if device == "cuda":
-        return logits.memory(variant, dtype, n, vocab, device)
-    return in_fresh_process("benchmarks.logits", variant, dtype, str(n), str(vocab), device)
 
 
 def write(result: dict, path: Path | None) -> None:
@@ -83,22 +109,35 @@ def show(rows: list[list[str]], title: str) -> None:
     console.print(table)
 
 
+def add_arguments(command: argparse.ArgumentParser, benchmark: ModuleType, shape: tuple[str, ...]) -> None:
+    command.set_defaults(benchmark=benchmark)
+    command.add_argument(
+        "--device",
+        choices=list(benchmark.SHAPES),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU",
+    )
+    command.add_argument("--shape", type=int, nargs=len(shape), metavar=shape, help="tokens, …, vocabulary")
+    command.add_argument("--dtype", action="append", choices=list(DTYPES), help="may be given again")
+    command.add_argument(
+        "--repeats", type=int, default=benchmark.REPEATS, help="interleaved repetitions (default: %(default)s)"
+    )
+    command.add_argument("--quick", action="store_true", help="a small shape, few repetitions, no results file")
+    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/BENCHMARK-DEVICE.json)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Micro-benchmarks of kto_kernels.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("logits", help="the loss from logits against the peers")
-    command.add_argument(
-        "--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
-    )
-    command.add_argument("--shape", type=int, nargs=2, metavar=("N", "V"), help="tokens and vocabulary")
-    command.add_argument(
-        "--dtype", action="append", choices=list(logits.DTYPES), help="may be given again (default: fp32, bf16)"
-    )
-    command.add_argument("--repeats", type=int, default=15, help="interleaved repetitions (default: 15)")
-    command.add_argument("--quick", action="store_true", help="a small shape, few repetitions, no results file")
-    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/logits-DEVICE.json)")
+    add_arguments(command, logits, ("N", "V"))
     command.set_defaults(run=run_logits)
+
+    command = commands.add_parser("linear", help="the loss from hidden states against the peers")
+    add_arguments(command, linear, ("N", "H", "V"))
+    command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
+    command.set_defaults(run=run_linear)
 
     command = commands.add_parser("inspect", help="the Triton kernels as machine code: registers, spills, load widths")
     inspect.add_arguments(command)

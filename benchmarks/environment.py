@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def describe(device: str) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "kto_kernels": kto_kernels.__version__}
-    for package in ("triton", "transformers"):
+    for package in ("triton", "transformers", "trl", "liger-kernel"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

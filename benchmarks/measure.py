@@ -17,6 +17,9 @@ import torch
 
 from .environment import ROOT
 
+SEQUENCES = 4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class Timed:
@@ -73,6 +76,10 @@ class CudaClock:
         torch.cuda.synchronize()
         del result
         return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: str) -> Callable[[Callable], float]:
+    return cpu_clock if device == "cpu" else CudaClock()
 
 
 def in_fresh_process(module: str, *arguments: str) -> dict | int:

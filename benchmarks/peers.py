@@ -5,6 +5,7 @@ What surrounds the token log-probabilities is the same for all: sequence sums, t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,15 +29,25 @@ LossOf = Callable[[Batch, Tensor], Tensor]
 NAIVE = "naive PyTorch"
 
 
-def kto_from_token_logps(batch: Batch, token_logps: Tensor) -> Tensor:
+def kto_from_token_logps(token_logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
     """What trainers write after the seam."""
-    margin = BETA * (token_logps.sum(-1) - batch.ref_logps - KL)
-    return (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean().float()
+    margin = BETA * (token_logps.float().sum(-1) - ref_logps - KL)
+    return (1 - torch.sigmoid(torch.where(desirable, margin, -margin))).mean().float()
 
 
-def naive(batch: Batch, logits: Tensor) -> Tensor:
-    logps = logits.float().log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
-    return kto_from_token_logps(batch, logps)
+def naive_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _from_token_logps(token_logps_of: Callable[[Tensor, Tensor], Tensor | tuple]) -> LossOf:
+    def loss_of(batch: Batch, logits: Tensor) -> Tensor:
+        logps = token_logps_of(logits, batch.labels)
+        return kto_from_token_logps(logps[0] if isinstance(logps, tuple) else logps, batch.ref_logps, batch.desirable)
+
+    return loss_of
+
+
+naive = _from_token_logps(naive_token_logps)
 
 
 def ours(backend: str, inplace: bool = False) -> LossOf:
@@ -58,13 +69,18 @@ def ours(backend: str, inplace: bool = False) -> LossOf:
 def _trl(name: str) -> LossOf:
     from trl.trainer import utils
 
-    function = getattr(utils, name)
+    return _from_token_logps(getattr(utils, name))
 
-    def loss_of(batch: Batch, logits: Tensor) -> Tensor:
-        logps = function(logits, batch.labels)
-        return kto_from_token_logps(batch, logps[0] if isinstance(logps, tuple) else logps)
 
-    return loss_of
+def present(makers: dict[str, Callable[[], Callable]]) -> dict[str, Callable | str]:
+    """Name → what its maker makes, or why it is absent."""
+    found: dict[str, Callable | str] = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except (ImportError, AttributeError) as error:
+            found[name] = f"absent: {error}"
+    return found
 
 
 def peers(device: str) -> dict[str, LossOf | str]:
@@ -73,12 +89,8 @@ def peers(device: str) -> dict[str, LossOf | str]:
     if device == "cpu":
         return found
     found["torch.compile of naive"] = torch.compile(naive)
-    for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
-        try:
-            found[f"TRL {name}"] = _trl(name)
-        except (ImportError, AttributeError) as error:
-            found[f"TRL {name}"] = f"absent: {error}"
-    return found
+    names = ("selective_log_softmax", "selective_log_softmax_and_entropy")
+    return found | present({f"TRL {name}": functools.partial(_trl, name) for name in names})
 
 
 def backends(device: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Callable
 
 from .environment import ROOT
 from .logits import FORWARD, FRESH, INPLACE, YARDSTICK
@@ -42,13 +44,17 @@ def logits_table(result: dict) -> list[list[str]]:
                     variant,
                     str(case["N"]),
                     case["dtype"],
-                    f"{1e3 * median:.1f} ({1e3 * times['low']:.1f}–{1e3 * times['high']:.1f})",
+                    milliseconds(times),
                     ratio,
                     share,
                     memory(case.get("peak extra bytes", {}).get(variant)),
                 ]
             )
     return rows
+
+
+def milliseconds(times: dict) -> str:
+    return f"{1e3 * times['median']:.1f} ({1e3 * times['low']:.1f}–{1e3 * times['high']:.1f})"
 
 
 def memory(size: int | None) -> str:
@@ -87,28 +93,77 @@ def notes(result: dict) -> list[str]:
     return lines
 
 
-def logits_section(kind: str) -> str:
-    path = RESULTS / f"logits-{kind}.json"
+def linear_tables(result: dict) -> list[tuple[str, list[list[str]]]]:
+    """One table for each shape and head, under its heading; dtypes stand below each other."""
+    tables = []
+    for shape, cases in itertools.groupby(
+        result["cases"], lambda case: [case[name] for name in ("N", "H", "V", "head")]
+    ):
+        rows = [["", "dtype", "ms (quartiles)", "time / bare GEMMs", "time / naive", "peak extra memory"]]
+        for case in cases:
+            seconds = case["seconds"]
+            floor, *_ = seconds.values()
+            for variant, times in seconds.items():
+                shares = [f"{times['median'] / other['median']:.2f}×" for other in (floor, seconds[NAIVE])]
+                peak = memory(case["peak extra bytes"].get(variant))
+                rows.append([variant, case["dtype"], milliseconds(times), *shares, peak])
+        tables.append(("N = {}, H = {}, V = {}, {} head".format(*shape), rows))
+    return tables
+
+
+def linear_notes(result: dict) -> list[str]:
+    """What stands under the tables: the plan beside what was measured, accuracy, peers that were not there."""
+    lines = []
+    for case in result["cases"]:
+        plan, peaks, errors = case["plan"], case["peak extra bytes"], case["errors against fp64"]
+        lines.append(f"```\n{plan['text']}\n```")
+        for name in plan["variants"]:
+            measured = (
+                f"{name}, {case['dtype']}: measured {memory(peaks[name])}, {peaks[name] / plan['peak bytes']:.2f}"
+            )
+            against = ", ".join(f"{what} {mine:.2e} ({errors[NAIVE][what]:.2e})" for what, mine in errors[name].items())
+            lines.append(f"{measured} of the plan's. Error against fp64, root mean square (naive's): {against}.")
+        lines += [f"{name}, {case['dtype']}: {why}." for name, why in case["absent"].items()]
+    return lines
+
+
+def section(name: str, contents: Callable[[dict], tuple[str, list[str]]]) -> str:
+    path = RESULTS / f"{name}.json"
     if not path.exists():
         return "not measured"
     result = json.loads(path.read_text())
-    case = result["cases"][0]
-    head = f"V = {case['V']}, medians of {case['repeats']} interleaved runs in one process. {provenance(result)}."
-    return "\n\n".join([head, markdown(logits_table(result)), *notes(result)])
+    repeats = result["cases"][0]["repeats"]
+    subject, parts = contents(result)
+    head = f"{subject}, medians of {repeats} interleaved runs in one process. {provenance(result)}."
+    return "\n\n".join([head, *parts])
 
 
-SECTIONS = {"logits-cpu": lambda: logits_section("cpu"), "logits-cuda": lambda: logits_section("cuda")}
+def logits_contents(result: dict) -> tuple[str, list[str]]:
+    return f"V = {result['cases'][0]['V']}", [markdown(logits_table(result)), *notes(result)]
+
+
+def linear_contents(result: dict) -> tuple[str, list[str]]:
+    tables = [part for title, rows in linear_tables(result) for part in (f"{title}:", markdown(rows))]
+    return "Forward and backward", tables + linear_notes(result)
+
+
+SECTIONS = {
+    f"{benchmark}-{kind}": contents
+    for benchmark, contents in {"logits": logits_contents, "linear": linear_contents}.items()
+    for kind in ("cpu", "cuda")
+}
 
 
 def update_readme(check: bool = False) -> bool:
     """Rewrites what stands between `<!-- results: NAME -->` and `<!-- end -->`; returns whether anything differs."""
     text = README.read_text()
     new = text
-    for name, section in SECTIONS.items():
+    for name, contents in SECTIONS.items():
         pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(\n?<!-- end -->)", re.S)
         if not pattern.search(new):
             raise SystemExit(f"README.md has no place for the results {name!r}")
-        new = pattern.sub(lambda match, section=section: f"{match[1]}{section()}\n<!-- end -->", new)
+        written = section(name, contents)
+        new = pattern.sub(lambda match, written=written: f"{match[1]}{written}\n<!-- end -->", new)
     if not check and new != text:
         README.write_text(new)
     return new != text

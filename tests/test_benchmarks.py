@@ -11,13 +11,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import logits, measure, peers, report  # noqa: E402
+from benchmarks import linear, linear_peers, logits, measure, peers, report  # noqa: E402
 
 
-def test_quick_run_prints_and_writes(tmp_path):
-    path = tmp_path / "out.json"
+def quick_run(benchmark: str, path: Path) -> dict:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "logits", "--quick", "--json", str(path)],
+        [sys.executable, "-m", "benchmarks", benchmark, "--quick", "--json", str(path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -25,9 +24,36 @@ def test_quick_run_prints_and_writes(tmp_path):
     )
     result = json.loads(path.read_text())
     assert {"device", "versions", "commit", "date", "cases", "threads"} <= result.keys()
-    assert [case["dtype"] for case in result["cases"]] == ["fp32", "bf16"]
     assert "naive" in run.stdout and result["device"][:10] in run.stdout
+    return result
+
+
+def test_quick_run_prints_and_writes(tmp_path):
+    result = quick_run("logits", tmp_path / "out.json")
+    assert [case["dtype"] for case in result["cases"]] == ["fp32", "bf16"]
     assert len(report.logits_table(result)) == 1 + 2 * 5  # naive, ours three times, the yardstick
+
+
+def test_quick_run_from_hidden_states(tmp_path, monkeypatch):
+    result = quick_run("linear", tmp_path / "linear-cpu.json")
+    assert [(case["dtype"], case["head"]) for case in result["cases"]] == [("fp32", "trained"), ("bf16", "trained")]
+    floor, mine = "bare GEMMs, 4G", "linear_kto_loss, cpu"
+    for case in result["cases"]:
+        timed, absent = set(case["seconds"]), set(case["absent"])
+        assert {floor, peers.NAIVE, mine} <= timed
+        assert timed | absent == {floor, mine, *linear_peers.peers()} and not timed & absent
+        assert case["peak extra bytes"].keys() == timed - {floor}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    section = report.section("linear-cpu", report.linear_contents)
+    assert "LinearPlan" in section and all(f"| {name} | bf16 |" in section for name in timed)
+    assert report.section("linear-cuda", report.linear_contents) == "not measured"
+
+
+def test_a_frozen_head_takes_no_gradient(monkeypatch):
+    monkeypatch.setattr(linear, "peers", lambda: {peers.NAIVE: linear_peers.naive})
+    case = linear.run("fp32", *linear.QUICK, linear.FROZEN, 2, lambda: None)
+    assert "bare GEMMs, 3G" in case["seconds"]
+    assert all(errors.keys() == {"loss", "hidden gradient"} for errors in case["errors against fp64"].values())
 
 
 def test_a_failed_gate_times_nothing(monkeypatch):
@@ -35,6 +61,22 @@ def test_a_failed_gate_times_nothing(monkeypatch):
     monkeypatch.setattr(logits, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
     with pytest.raises(SystemExit, match="gate: kto_loss"):
         logits.run("fp32", 16, 128, 2, lambda: None)
+
+
+def test_a_failed_gate_from_hidden_states(monkeypatch):
+    """Ours wrong: nothing is timed. A peer wrong: it is left out, with the reason."""
+    monkeypatch.setattr(linear, "peers", lambda: {peers.NAIVE: linear_peers.naive, "peer": wrong, "gone": "absent: x"})
+    case = linear.run("fp32", *linear.QUICK, linear.TRAINED, 2, lambda: None)
+    assert "differs" in case["absent"]["peer"] and case["absent"]["gone"] == "absent: x"
+    assert "peer" not in case["seconds"]
+    monkeypatch.setattr(linear, "ours", lambda *_: wrong)
+    monkeypatch.setattr(linear, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
+    with pytest.raises(SystemExit, match="gate: linear_kto_loss"):
+        linear.run("fp32", *linear.QUICK, linear.TRAINED, 2, lambda: None)
+
+
+def wrong(batch: linear_peers.LinearBatch) -> torch.Tensor:
+    return linear_peers.naive(batch) * 1.03
 
 
 @pytest.mark.alone
