@@ -18,8 +18,8 @@ from .backends.base import Backend
 from .plan import Chunk, LinearPlan, Task
 from .rows import LossOptions, Scale
 
-# Rows of dW at a time where a product must be rounded to 16 bits before it is added: its tile stays in the cache.
-_TILE_ROWS = 1024
+# Rows and columns at a time where a product is rounded to 16 bits before it is added: the tile stays in the cache.
+_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -155,25 +155,22 @@ class HeadGradient:
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, first_dtype: torch.dtype) -> Tensor:
-    """`total + a @ b`, accumulated in at least fp32, in place; without a total the product alone, in `first_dtype`."""
+    """`total + a @ b` in place; without a total the product, which may be `first_dtype` of its own factors. A sum is in
+    fp32 (fp64 for fp64) whatever its factors are."""
+    if total is None and first_dtype == a.dtype:
+        return torch.mm(a, b)
+    beta = 1
     if total is None:
-        if first_dtype == a.dtype:
-            return torch.mm(a, b)
-        total = torch.empty(a.shape[0], b.shape[1], dtype=first_dtype, device=a.device)
-        beta = 0
-    else:
-        beta = 1
+        total, beta = torch.empty(a.shape[0], b.shape[1], dtype=first_dtype, device=a.device), 0
     if total.dtype == a.dtype:
         return torch.addmm(total, a, b, beta=beta, out=total)
     if a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         return torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    # No GEMM here adds 16-bit products to fp32: each is rounded once on its way, not the sum.
-    along = 0 if a.shape[0] > 1 else 1
-    for part, left in zip(
-        total.split(_TILE_ROWS, along), (a.split(_TILE_ROWS) if along == 0 else b.split(_TILE_ROWS, 1))
-    ):
-        product = torch.mm(left, b) if along == 0 else torch.mm(a, left)
-        part.add_(product) if beta else part.copy_(product)
+    # No GEMM here adds 16-bit factors to fp32: each product is rounded once on its way, not the sum.
+    for rows, part in zip(a.split(_TILE), total.split(_TILE)):
+        for columns, tile in zip(b.split(_TILE, 1), part.split(_TILE, 1)):
+            product = torch.mm(rows, columns)
+            tile.add_(product) if beta else tile.copy_(product)
     return total
 
 

@@ -104,3 +104,40 @@ def test_scaling_in_place_rounds_once(place, dtype, factor):
     tensor = values.clone()
     BACKENDS[place[0]].scale_(tensor, torch.tensor(factor, device=place[1]))
     assert torch.equal(tensor, (values.float() * factor).to(dtype))
+
+
+@places
+@dtypes
+def test_rows_of_many_tiles(place, dtype):
+    """More than any kernel takes at once, and an odd rest; the maximum moves along the row."""
+    vocab = 9001
+    logits = torch.linspace(-8, 8, vocab).expand(3, vocab).contiguous()
+    logits[1] = logits[0].flip(0)
+    logits[2] = 3 * torch.randn(vocab)
+    logits, labels = logits.to(place[1], dtype), torch.tensor([vocab - 1, vocab // 2, 5], device=place[1])
+    scores, gradient = run(place, logits, labels, Scale())
+    exact = reference.outputs(logits.double(), labels, OUTPUTS)
+    torch.testing.assert_close(scores.logps.double(), reference.token_logps(logits.double(), labels), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.entropy.double(), exact["entropy"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.mean_logits.double(), exact["mean_logits"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(scores.is_top1, exact["is_top1"])
+    exact_gradient = reference.token_logps_grad(logits.double(), labels, torch.ones(3, device=place[1]).double())
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=max(unit, 2e-6), atol=unit * 1e-4)
+
+
+@places
+def test_a_row_without_a_finite_logit(place):
+    logits = torch.full((2, 70), -torch.inf, device=place[1])
+    logits[1] = 0.0
+    scores, gradient = run(place, logits, torch.tensor([3, 3], device=place[1]), Scale())
+    assert scores.logps[0] == -torch.inf and scores.entropy[0] == 0 and not scores.is_top1[0]
+    assert torch.isfinite(gradient).all() and torch.isfinite(scores.logps[1])
+
+
+@places
+def test_a_chunk_of_no_rows(place):
+    scores, _ = run(
+        place, torch.empty(0, 9, device=place[1]), torch.empty(0, dtype=torch.int64, device=place[1]), Scale()
+    )
+    assert all(getattr(scores, name).shape == (0,) for name in ("logps", *OUTPUTS))
