@@ -84,7 +84,8 @@ def _one_each(logits: Tensor, index: Tensor, temperature: float, scored: Tensor 
         rows, labels = logits.flatten(0, -3), labels.flatten(0, -2)
     else:
         rows = logits
-    return token_logps(rows, labels, ignore_index=ignored, temperature=float(temperature)).reshape(index.shape)
+    logps = token_logps(rows, labels, ignore_index=ignored, temperature=float(temperature))
+    return logps.reshape(index.shape).clone()  # callers write into it, and the backward needs it as it was
 
 
 def get_batch_logps(
