@@ -250,6 +250,17 @@ def test_no_gradient_work_without_gradients():
         assert counter.get_total_flops() == expected
 
 
+def test_no_gradient_work_for_the_reference():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    arguments, leaves = inputs(ref=True)
+    arguments["ref_input"] = arguments["ref_input"].clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = LigerFusedLinearKTOLoss(use_ref_model=True)(**arguments)
+        grads = torch.autograd.grad(loss, [*leaves, arguments["ref_input"]], allow_unused=True)
+    assert counter.get_total_flops() == 2 * B * T * V * (3 * H + (H + 4)) and grads[-1] is None
+
+
 def test_one_sided_and_empty_batches():
     arguments, leaves = inputs()
     arguments["preference_labels"] = torch.ones(B, dtype=torch.bool)
@@ -352,6 +363,10 @@ def test_patch_as_context_manager(trainer):
     assert places(trainer) == [OURS] * 3  # as it found it
     with patch_liger():
         unpatch_liger()
+    assert places(trainer) == [PEERS] * 3
+    with patch_liger():
+        unpatch_liger()
+        assert places(trainer) == [PEERS] * 3
     assert places(trainer) == [PEERS] * 3
 
 

@@ -327,15 +327,16 @@ def test_patched_trl_trainer(trl, loss_type, desirable):
     torch.testing.assert_close(mine, direct, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("other", [2.0, -50.0])
-def test_kl_is_the_mean_over_processes_then_clamped(other):
+@pytest.mark.parametrize(("own", "other"), [(1.5, 2.0), (1.5, -50.0), (-1.5, 4.0)])
+def test_kl_is_the_mean_over_processes_then_clamped(own, other):
     """Clamping each process's own mean first would give another number."""
-    policy, reference = torch.tensor([-3.0, -7.0]), torch.tensor([-4.0, -9.0])
+    policy = torch.tensor([-3.0, -7.0])
+    reference = policy - own + torch.tensor([0.5, -0.5])
     trainer = Old(other=other)
     losses, chosen, rejected, kl = ours.kto_loss(
         trainer, policy[:1], policy[1:], policy, reference[:1], reference[1:], reference
     )
-    z0 = max(0.0, (1.5 + other) / 2)
+    z0 = max(0.0, (own + other) / 2)
     assert kl.shape == () and kl.item() == pytest.approx(z0)
     r = policy - reference
     expected = torch.stack([1.5 * logsigmoid(-0.3 * (r[0] - z0)).exp(), 0.5 * logsigmoid(0.3 * (r[1] - z0)).exp()])
