@@ -20,6 +20,8 @@ from .rows import LossOptions, Scale
 
 # Rows and columns at a time where a product is rounded to 16 bits before it is added: the tile stays in the cache.
 _TILE = 1024
+# Logits at a time where a gradient is made by plain PyTorch, which takes several times their memory.
+_ENTROPY_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,8 @@ class Coefficients(Protocol):
     def close(self, logps: Tensor, chunk: Chunk) -> None:
         """The chunk's sequences are scored: `logps` (S,) holds all of their rows."""
 
-    def of_rows(self, chunk: Chunk) -> Tensor:  # (C,)
-        """Of a chunk's rows."""
+    def of_rows(self, chunk: Chunk) -> Tensor | None:  # (C,)
+        """Of a chunk's rows; None: their gradient has them in it."""
 
     def of_sequence(self, sequence: int) -> Tensor:  # ()
         """Of every row of a sequence."""
@@ -211,6 +213,24 @@ class KnownCoefficients:
 
     def of_sequence(self, sequence):
         raise AssertionError("no sequence waits for a coefficient that is known")
+
+
+@dataclass
+class BothCoefficients(KnownCoefficients):
+    """Those of the rows' entropies beside them. Rarely asked for: plain PyTorch, some rows at a time."""
+
+    entropy: Tensor  # (S,) ∂loss/∂(entropy of row n)
+
+    def gradient_(self, logits: Tensor, labels: Tensor, chunk: Chunk, scale: Scale) -> None:
+        """Overwrites the logits by their gradient, coefficients and all."""
+        scored = slice(chunk.start, chunk.stop)
+        rows = max(1, _ENTROPY_ELEMENTS // logits.shape[1])
+        for x, y, g, e in zip(*(t.split(rows) for t in (logits, labels, self.values[scored], self.entropy[scored]))):
+            of_logps = reference.token_logps_grad(x.to(g.dtype), y, g, **vars(scale))
+            x.copy_(of_logps + reference.entropy_grad(x.to(g.dtype), e, **vars(scale)))
+
+    def of_rows(self, chunk):
+        return None
 
 
 class LossCoefficients:
@@ -291,10 +311,13 @@ def walk(
         gradient = head.project(h, buffer)
         forms = chunk.task is not Task.SCORE
         scored = slice(chunk.start, chunk.stop)
-        scores = backend.score_chunk(gradient, rows.labels[scored], head.scale, forms, outputs)
-        logps[scored] = scores.logps
-        for name, values in extra.items():
-            values[scored] = getattr(scores, name)
+        if forms and isinstance(coefficients, BothCoefficients):
+            coefficients.gradient_(gradient, rows.labels[scored], chunk, head.scale)
+        else:
+            scores = backend.score_chunk(gradient, rows.labels[scored], head.scale, forms, outputs)
+            logps[scored] = scores.logps
+            for name, values in extra.items():
+                values[scored] = getattr(scores, name)
         if not forms:
             continue
         if needs.hidden:

@@ -22,7 +22,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks, ops, reference
 from .backends import select
-from .linear import Head, KnownCoefficients, LossCoefficients, Needs, ScoredRows, scored_lengths, scored_targets, walk
+from .linear import (
+    BothCoefficients,
+    Head,
+    KnownCoefficients,
+    LossCoefficients,
+    Needs,
+    ScoredRows,
+    scored_lengths,
+    scored_targets,
+    walk,
+)
 from .plan import LinearPlan
 from .rows import OUTPUTS, LossOptions, Scale
 
@@ -145,27 +155,40 @@ def _(
 
 def _token_logps_context(ctx, inputs, output):
     hidden, weight, bias, labels, cu_seqlens, *options, _, ctx.formed, ctx.inplace, backend, _ = inputs
-    _, *extra, dhidden = output
-    ctx.mark_non_differentiable(*extra, dhidden)
+    _, entropy, *extra, dhidden = output
+    ctx.has_entropy = "entropy" in _names(inputs[12])
+    ctx.mark_non_differentiable(*extra, dhidden, *(() if ctx.has_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.options, ctx.backend = options, backend
-    kept = (dhidden, None, None) if ctx.formed else (hidden, weight, bias)
-    ctx.save_for_backward(*kept, labels, cu_seqlens)
+    # The entropy's gradient, which few ask for, is made in the backward from the logits.
+    inputs = (None,) * 3 if ctx.formed and not ctx.has_entropy else (hidden, weight, bias)
+    ctx.save_for_backward(dhidden if ctx.formed else None, *inputs, labels, cu_seqlens)
 
 
 @ops.once
-def _token_logps_backward(ctx, grad, *_):
-    if grad is None:
+def _token_logps_backward(ctx, grad, entropy_grad, *_):
+    if grad is None and entropy_grad is None:
         return (None,) * 17
-    hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
-    if ctx.formed:
+    dhidden, hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
+    if ctx.formed and entropy_grad is None:
         shift, ignore_index = ctx.options[:2]
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
-        dhidden = _own(ctx, hidden)
+        dhidden = _own(ctx, dhidden)
         scale_rows_(dhidden, torch.where(scored, grad, 0.0))
         return dhidden, *(None,) * 16
     needs = ctx.needs_input_grad[:3]
-    gradients = linear_backward(grad, hidden, weight, bias, labels, cu_seqlens, *ctx.options, *needs, ctx.backend)
+    gradients = linear_backward(
+        torch.zeros_like(entropy_grad) if grad is None else grad,
+        entropy_grad,
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
+        *ctx.options,
+        *needs,
+        ctx.backend,
+    )
     return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 14
 
 
@@ -200,6 +223,7 @@ def _wanted(gradients, needs, dtypes) -> tuple[Tensor | None, ...]:
 @custom_op("kto_kernels::linear_backward", mutates_args=())
 def linear_backward(
     grad: Tensor,  # labels-shaped
+    entropy_grad: Optional[Tensor],  # labels-shaped
     hidden: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
@@ -224,21 +248,24 @@ def linear_backward(
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
         plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, known_coefficients=True)
-        grad = grad.flatten()[rows.positions]
+        grads = [None if g is None else g.flatten()[rows.positions] for g in (grad, entropy_grad)]
         unit = None
         if dtype == torch.float16:  # coefficients near 1, so that products with them do not underflow
-            unit = torch.exp2(grad.abs().amax().log2().floor()) if len(grad) else grad.new_ones(())
+            largest = torch.stack([g.abs().amax() for g in grads if g is not None and len(g)] or [grad.new_ones(())])
+            unit = torch.exp2(largest.amax().log2().floor())
             unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1.0)
-        walked = walk(
-            rows, head, plan, chosen, needs, coefficients=KnownCoefficients(grad if unit is None else grad / unit)
-        )
+            grads = [None if g is None else g / unit for g in grads]
+        coefficients = KnownCoefficients(grads[0]) if entropy_grad is None else BothCoefficients(*grads)
+        walked = walk(rows, head, plan, chosen, needs, coefficients=coefficients)
         if needs.hidden:
-            _scale_rows_(walked.hidden, rows.spread(grad))
+            # With the entropy's the rows carry their coefficients already.
+            factors = grads[0] if entropy_grad is None else torch.ones_like(grads[0])
+            _scale_rows_(walked.hidden, rows.spread(factors if unit is None else factors * unit))
         return walked.hidden, *walked.head.result(weight, bias, unit)
 
 
 @linear_backward.register_fake
-def _(grad, hidden, weight, bias, labels, cu_seqlens, *options):
+def _(grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, *options):
     return _fake_gradients(hidden, weight, bias, *options[-4:-1])
 
 
@@ -274,7 +301,7 @@ def linear_kto(
     needs_bias: bool,
     inplace_backward: bool,  # as above
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
             hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
@@ -295,6 +322,7 @@ def linear_kto(
             reference.reduce(losses, reduction).to(float_dtype),
             logps,
             coefficients.slopes,
+            rows.spread(walked.logps),
             *_token_outputs(walked, rows, outputs),
             walked.hidden,
             *walked.head.result(weight, bias, unit_tensor),
@@ -323,6 +351,7 @@ def _(
         torch.empty((), dtype=float_dtype, device=hidden.device),
         per_sequence,
         torch.empty_like(per_sequence),
+        torch.empty(labels.shape, dtype=float_dtype, device=hidden.device),
         *_fake_token_outputs(labels, outputs, float_dtype),
         *_fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias),
     )
@@ -330,7 +359,7 @@ def _(
 
 def _kto_context(ctx, inputs, output):
     hidden, weight, bias, labels, cu_seqlens = inputs[:5]
-    *_, slopes, _, _, _, dhidden, dweight, dbias = output
+    _, _, slopes, *_, dhidden, dweight, dbias = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     *_, ctx.inplace, ctx.backend = inputs
@@ -422,8 +451,8 @@ def _(
 
 @register_flop_formula(torch.ops.kto_kernels.linear_backward, get_raw=True)
 def _(
-    grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
-    max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, out_val=None,
+    grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap,
+    temperature, dtype, max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(

@@ -125,7 +125,7 @@ def kto_loss(
         has_ref_kl=ref_kl_logits is not None or ref_kl_logps is not None,
     )
 
-    loss, logps, ref, rewards, z0, *_ = ops.kto_forward(
+    loss, logps, ref, rewards, z0, _, token_logps, _ = ops.kto_forward(
         logits,
         labels,
         cu_seqlens,
@@ -151,7 +151,15 @@ def kto_loss(
         inplace_backward,
         backend,
     )
-    return KTOOutput(loss=loss, logps=logps, ref_logps=ref, rewards=rewards, kl=z0, desirable=desirable)
+    return KTOOutput(
+        loss=loss,
+        logps=logps,
+        ref_logps=ref,
+        rewards=rewards,
+        kl=z0,
+        desirable=desirable,
+        token_logps=token_logps,
+    )
 
 
 def linear_kto_loss(
@@ -312,7 +320,7 @@ def linear_kto_loss(
     trains = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     loss = None
     if any(trains[1:]) and reduction != "none":
-        loss, logps, _, *extra, _, _, _ = linear_ops.linear_kto(
+        loss, logps, _, token_logps, *extra, _, _, _ = linear_ops.linear_kto(
             hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
             reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, True, backend
         )  # fmt: skip
@@ -321,7 +329,8 @@ def linear_kto_loss(
             hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend
         )
         logps = sequence_sums(token_logps, labels, cu_seqlens)
-    more = {name: values for name, values in zip(OUTPUTS, extra) if name in outputs}
+    more = {name: values.detach() for name, values in zip(OUTPUTS, extra) if name in outputs}
+    more["token_logps"] = token_logps.detach()
     if outputs:
         _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
         more |= {"scored": scored, "cu_seqlens": cu_seqlens}

@@ -21,6 +21,8 @@ class KTOOutput:
         rewards: (B,) `β · (logps − ref_logps)`.
         kl: () the reference point z0 in nats, at least 0.
         desirable: (B,) bool, as given.
+        token_logps: labels-shaped, the policy's log-probability of each scored token, 0 elsewhere; None from
+            `kto_loss_from_logps`.
         entropy, mean_logits, is_top1: labels-shaped, of each scored token, where asked for (`outputs=`); see
             `kto_kernels.reference.outputs`. 0 or False elsewhere.
         scored: labels-shaped bool, the tokens that these are of; and
@@ -33,6 +35,7 @@ class KTOOutput:
     rewards: Tensor
     kl: Tensor
     desirable: Tensor
+    token_logps: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None

@@ -44,6 +44,12 @@ def scaled(logits: Tensor, logit_scale: float, softcap: float | None, temperatur
     return z / temperature
 
 
+def slope(z: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | float:
+    """`dz/dx`."""
+    straight = logit_scale / temperature
+    return straight if softcap is None else straight * (1 - (z * temperature / softcap) ** 2)
+
+
 # Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -80,10 +86,7 @@ def token_logps_grad(
     index = target.masked_fill(target == ignore_index, 0).long().unsqueeze(-1)
     direction = -p
     direction.scatter_add_(-1, index, torch.ones_like(p[..., :1]))
-    slope = torch.full_like(z, logit_scale / temperature)
-    if softcap is not None:
-        slope = slope * (1 - (z * temperature / softcap) ** 2)
-    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope
+    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, logit_scale, softcap, temperature)
     return out.masked_fill(silent.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
@@ -109,6 +112,21 @@ def outputs(
     if "is_top1" in names:
         values["is_top1"] = z.argmax(-1) == target
     return values
+
+
+def entropy_grad(
+    logits: Tensor,  # (..., V)
+    grad: Tensor,  # (...)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # (..., V)
+    """`−grad_n · p_v (log p_v + entropy_n) · dz/dx`, the gradient of `Σ_n grad_n entropy_n` to the logits."""
+    z = scaled(logits, logit_scale, softcap, temperature)
+    log_p = z.log_softmax(-1)
+    weighted = torch.where(z == -torch.inf, 0.0, log_p.exp() * log_p)
+    direction = weighted.sum(-1, keepdim=True) * log_p.exp() - weighted
+    return grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, logit_scale, softcap, temperature)
 
 
 # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

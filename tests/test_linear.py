@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from kto_kernels import LinearKTOLoss, kto_loss, linear_kto_loss, linear_token_logps, reference, token_logps
 from kto_kernels.rows import OUTPUTS
+from kto_kernels.stages import linear_scores
 
 # Rows of a chunk: one, fewer than, exactly and more than the longest sequence (9), everything.
 BUDGETS = {"one row": 1, "four rows": 4, "8": 8, "longest": 9, "10": 10, "everything": 1000}
@@ -354,6 +355,35 @@ def test_outputs_not_asked_for_are_absent():
     assert "entropy" not in out.metrics() and "logits/chosen" in out.metrics()
     out, _ = ours_linear(p, "cpu")
     assert out.scored is None and "logits/chosen" not in out.metrics()
+
+
+@pytest.mark.parametrize("trained", [HEAD, ("hidden",), ("weight",)])
+@pytest.mark.parametrize("with_logps", [True, False])
+def test_the_entropys_gradient(trained, with_logps):
+    """The operator behind the seam is differentiable in the entropy too: policy-gradient losses regularise it."""
+    p = linear_problem(packed=True)
+    scales = (0.5, 6.0, 0.6)
+    upstream_logps, upstream_entropy = torch.randn(2, len(p.labels))
+    grads = []
+    for fused in (True, False):
+        leaves = {"hidden": p.hidden, "weight": p.weight, "bias": p.tensors["bias"]}
+        dtype = torch.float32 if fused else torch.float64
+        leaves = {name: leaf.to(dtype, copy=True).requires_grad_(name in trained) for name, leaf in leaves.items()}
+        if fused:
+            logps, entropy, *_ = linear_scores(
+                *leaves.values(), p.labels, None, (False, -100, *scales), budget(4), ("entropy",), "cpu"
+            )
+        else:
+            z = reference.scaled(linear(*leaves.values()), *scales)
+            logps = reference.token_logps(linear(*leaves.values()), p.labels, -100, *scales)
+            entropy = -(z.log_softmax(-1).exp() * z.log_softmax(-1)).sum(-1) * (p.labels != -100)
+        loss = (entropy * upstream_entropy).sum()
+        if with_logps:
+            loss = loss + (logps * upstream_logps).sum()
+        loss.backward()
+        grads.append([leaves[name].grad for name in trained])
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 # Edges ────────────────────────────────────────────────────────────────────────────────────────────────────────────────

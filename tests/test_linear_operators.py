@@ -275,7 +275,7 @@ def test_opcheck_kto_and_backward(packed, trained):
     arguments = (*head, p.labels, offsets, *loss, *SCORING, "defer", "mean_logits", *trained, False, "cpu")
     torch.library.opcheck(torch.ops.kto_kernels.linear_kto.default, arguments)
     grad = torch.randn(p.labels.shape)
-    arguments = (grad, *(leaf.detach() for leaf in head), p.labels, offsets, *SCORING, *trained, "cpu")
+    arguments = (grad, None, *(leaf.detach() for leaf in head), p.labels, offsets, *SCORING, *trained, "cpu")
     torch.library.opcheck(torch.ops.kto_kernels.linear_backward.default, arguments)
 
 
