@@ -118,7 +118,9 @@ def add_arguments(command: argparse.ArgumentParser, benchmark: ModuleType, shape
         help="default: a GPU",
     )
     command.add_argument("--shape", type=int, nargs=len(shape), metavar=shape, help="tokens, …, vocabulary")
-    command.add_argument("--dtype", action="append", choices=list(DTYPES), help="may be given again")
+    command.add_argument(
+        "--dtype", action="append", choices=list(DTYPES), help="may be given again (default: as published)"
+    )
     command.add_argument(
         "--repeats", type=int, default=benchmark.REPEATS, help="interleaved repetitions (default: %(default)s)"
     )

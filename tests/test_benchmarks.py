@@ -64,11 +64,12 @@ def test_a_failed_gate_times_nothing(monkeypatch):
 
 
 def test_a_failed_gate_from_hidden_states(monkeypatch):
-    """Ours wrong: nothing is timed. A peer wrong: it is left out, with the reason."""
-    monkeypatch.setattr(linear, "peers", lambda: {peers.NAIVE: linear_peers.naive, "peer": wrong, "gone": "absent: x"})
+    """Ours wrong: nothing is timed. A peer wrong or failing: it is left out, with the reason."""
+    monkeypatch.setattr(linear, "peers", lambda: PEERS)
     case = linear.run("fp32", *linear.QUICK, linear.TRAINED, 2, lambda: None)
-    assert "differs" in case["absent"]["peer"] and case["absent"]["gone"] == "absent: x"
-    assert "peer" not in case["seconds"]
+    assert "differs" in case["absent"]["wrong"]
+    assert case["absent"] | {"wrong": ""} == {"gone": "absent: x", "broken": "fails: no memory", "wrong": ""}
+    assert case["seconds"].keys() == {"bare GEMMs, 4G", "linear_kto_loss, cpu", peers.NAIVE}
     monkeypatch.setattr(linear, "ours", lambda *_: wrong)
     monkeypatch.setattr(linear, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
     with pytest.raises(SystemExit, match="gate: linear_kto_loss"):
@@ -77,6 +78,13 @@ def test_a_failed_gate_from_hidden_states(monkeypatch):
 
 def wrong(batch: linear_peers.LinearBatch) -> torch.Tensor:
     return linear_peers.naive(batch) * 1.03
+
+
+def broken(batch: linear_peers.LinearBatch) -> torch.Tensor:
+    raise RuntimeError("no memory\nand more")
+
+
+PEERS = {peers.NAIVE: linear_peers.naive, "wrong": wrong, "gone": "absent: x", "broken": broken}
 
 
 @pytest.mark.alone
