@@ -118,11 +118,12 @@ class HeadGradient:
     bias: Tensor | None = None  # (V,)
 
     def add(self, gradient: Tensor, hidden: Tensor, coefficients: Tensor | None) -> None:
-        """Adds `Σ_n c_n · gradient_n ⊗ hidden_n`; without coefficients c = 1."""
+        """Adds `Σ_n c_n · gradient_n ⊗ hidden_n`; without coefficients c = 1. Overwrites the hidden states: their few
+        columns are scaled, not the V of the gradient."""
         if self.needs.weight:
-            # The few columns of the hidden states are scaled, not the V of the gradient.
-            scaled = hidden if coefficients is None else (hidden * coefficients.unsqueeze(-1)).to(hidden.dtype)
-            self.weight = add_product(self.weight, gradient.t(), scaled, self.dtype)
+            if coefficients is not None:
+                hidden.mul_(coefficients.unsqueeze(-1))
+            self.weight = add_product(self.weight, gradient.t(), hidden, self.dtype)
         if self.needs.bias:
             row = gradient.new_ones(1, len(gradient)) if coefficients is None else coefficients.view(1, -1)
             bias = None if self.bias is None else self.bias.view(1, -1)
@@ -318,18 +319,16 @@ def walk(
             logps[scored] = scores.logps
             for name, values in extra.items():
                 values[scored] = getattr(scores, name)
-        if not forms:
-            continue
-        if needs.hidden:
-            flat.index_copy_(0, rows.positions[scored], torch.mm(gradient, head.weight).to(flat.dtype))
-        if not needs.head:
-            continue
-        if chunk.task is Task.DEFER:
-            apart.add(gradient, h, None)
-            continue
-        if chunk.task is Task.CLOSE:
-            coefficients.close(logps, chunk)
-            if apart.weight is not None or apart.bias is not None:
-                total.fold(apart, coefficients.of_sequence(chunk.sequences[0]))
-        total.add(gradient, h, coefficients.of_rows(chunk))
+        if forms and needs.head:
+            if chunk.task is Task.DEFER:
+                apart.add(gradient, h, None)
+            else:
+                if chunk.task is Task.CLOSE:
+                    coefficients.close(logps, chunk)
+                    if apart.weight is not None or apart.bias is not None:
+                        total.fold(apart, coefficients.of_sequence(chunk.sequences[0]))
+                total.add(gradient, h, coefficients.of_rows(chunk))
+        if forms and needs.hidden:
+            # The chunk's hidden states have done their work: their gradient takes their place.
+            flat.index_copy_(0, rows.positions[scored], torch.mm(gradient, head.weight, out=h).to(flat.dtype))
     return Walk(logps, extra, hidden, total)

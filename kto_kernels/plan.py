@@ -204,9 +204,7 @@ def _cut(
         sizes["head in the GEMMs' dtype"] = vocab * hidden * size
     if needs_hidden:
         sizes["hidden gradient"] = hidden_rows * hidden * hidden_dtype.itemsize
-        sizes["chunk of the hidden gradient"] = most * hidden * size
     if needs_weight:
-        sizes["scaled chunk of hidden"] = most * hidden * size
         sizes["weight gradient"] = vocab * hidden * gradient_dtype.itemsize
         if len(deferred) > 1:
             sizes["deferred weight gradient"] = vocab * hidden * gradient_dtype.itemsize
