@@ -100,7 +100,9 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-def linear_scores(hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix=""):
+def linear_scores(
+    hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix="", dtype=None
+):
     """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
     three empty where `outputs` has no such name."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -116,7 +118,7 @@ def linear_scores(hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_
         logit_scale,
         softcap,
         temperature,
-        gemm_dtype(hidden, weight),
+        gemm_dtype(hidden, weight) if dtype is None else dtype,
         max_logits_bytes,
         ",".join(outputs),
         torch.is_grad_enabled() and hidden.requires_grad and not trained,

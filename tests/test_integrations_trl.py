@@ -1,0 +1,353 @@
+"""`FusedKTOTrainer` against TRL's own KTOTrainer: ten optimizer steps of tiny models, parameters and every logged
+metric equal, with every option away from its default. And our token log-probabilities under TRL's other trainers."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+from kto_kernels.integrations import trl as ours  # noqa: E402
+from kto_kernels.integrations.trl import FusedKTOTrainer, patch_trl, unpatch_trl  # noqa: E402
+
+WORDS = [f"w{i}" for i in range(60)]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+SIZE = {
+    "vocab_size": len(WORDS) + len(SPECIAL),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "initializer_range": 0.3,  # logits that differ
+}
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE)),
+    "tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZE)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=5.0, attn_logit_softcapping=20.0)
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SIZE, logit_scale=0.3)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **SIZE, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokens = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    fast = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def rows(count: int, labels=None) -> Dataset:
+    generator = torch.Generator().manual_seed(5)
+
+    def text(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator))
+
+    return Dataset.from_list(
+        [
+            {"prompt": text(2, 6), "completion": " " + text(1, 9), "label": bool(labels[i]) if labels else i % 3 != 1}
+            for i in range(count)
+        ]
+    )
+
+
+def train(cls, make, tokenizer, tmp_path, *, steps=10, labels=None, ref=True, peft=None, head=None, **config):
+    torch.manual_seed(0)
+    model = make()
+    if head is not None:
+        head(model)
+    ref_model = None
+    if ref:
+        torch.manual_seed(1)
+        ref_model = make()
+        ref_model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for parameter in ref_model.parameters():
+                parameter.mul_(1.02)
+    settings = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": steps,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 3,
+        "max_length": 32,
+        "disable_dropout": True,
+        "optim": "sgd",  # no division by a second moment, which would blow rounding up
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,
+    } | config
+    trainer = cls(
+        model,
+        ref_model=ref_model,
+        args=trl.KTOConfig(output_dir=str(tmp_path), **settings),
+        train_dataset=rows(40, labels),
+        eval_dataset=rows(8),
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry] + [evaluation]
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, history
+
+
+def timeless(entry: dict) -> dict:
+    return {k: v for k, v in entry.items() if not any(word in k for word in ("runtime", "per_second", "flos", "time"))}
+
+
+def assert_same_training(theirs, mine, rtol=2e-4, atol=2e-6):
+    (their_parameters, their_history), (my_parameters, my_history) = theirs, mine
+    assert len(their_history) == len(my_history)
+    for entry, own in zip(map(timeless, their_history), map(timeless, my_history)):
+        assert set(entry) == set(own)
+        for name, value in entry.items():
+            assert own[name] == pytest.approx(value, rel=1e-3, abs=2e-5, nan_ok=True), name
+    assert set(their_parameters) == set(my_parameters)
+    moved = 0.0
+    for name, parameter in their_parameters.items():
+        torch.testing.assert_close(
+            my_parameters[name], parameter, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        moved += parameter.abs().sum().item()
+    assert math.isfinite(moved)
+
+
+def both(make, tokenizer, tmp_path, **options):
+    runs = [
+        train(cls, make, tokenizer, tmp_path, **copy.deepcopy(options)) for cls in (trl.KTOTrainer, FusedKTOTrainer)
+    ]
+    assert_same_training(*runs)
+    # The training did something: its parameters are not those of the start.
+    torch.manual_seed(0)
+    start = dict(make().named_parameters())
+    assert any(not torch.allclose(p, start[n], atol=1e-4) for n, p in runs[1][0].items() if n in start) or options.get(
+        "peft"
+    )
+    return runs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, tokenizer, tmp_path):
+    _, (_, history) = both(MODELS[name], tokenizer, tmp_path)
+    logged = set().union(*history)
+    assert {"kl", "entropy", "logits/chosen", "logps/rejected", "rewards/margins"} <= logged
+    assert ("aux_loss" in logged) == (name == "mixtral")
+
+
+OPTIONS = {
+    "apo": {"loss_type": "apo_zero_unpaired"},
+    "weights and beta": {"desirable_weight": 1.3, "undesirable_weight": 0.6, "beta": 0.4},
+    "precomputed reference": {"precompute_ref_log_probs": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "steps": 5},
+    "checkpointing": {"gradient_checkpointing": True},
+    "one-sided batches": {"labels": [True] * 20 + [False] * 20},
+    "batch of two": {"per_device_train_batch_size": 2},
+    "adam, clipped": {"optim": "adamw_torch", "max_grad_norm": 0.1, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case, tokenizer, tmp_path):
+    both(MODELS["llama"], tokenizer, tmp_path, **OPTIONS[case])
+
+
+def test_no_reference_model_is_the_model_at_the_start(tokenizer, tmp_path):
+    both(MODELS["llama"], tokenizer, tmp_path, ref=False, precompute_ref_log_probs=True)
+
+
+def test_frozen_head(tokenizer, tmp_path):
+    both(MODELS["llama"], tokenizer, tmp_path, head=lambda model: model.lm_head.requires_grad_(False))
+
+
+def test_head_with_a_bias(tokenizer, tmp_path):
+    def biased():
+        model = MODELS["llama"]()
+        model.lm_head = torch.nn.Linear(SIZE["hidden_size"], SIZE["vocab_size"])
+        return model
+
+    both(biased, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("bf16_model", [False, True])
+def test_bf16(bf16_model, tokenizer, tmp_path):
+    """Rounding differs: the losses are near, not equal; the fp32 master weights end up near each other."""
+
+    def make():
+        return MODELS["llama"]().to(torch.bfloat16 if bf16_model else torch.float32)
+
+    runs = [
+        train(cls, make, tokenizer, tmp_path, steps=3, bf16=not bf16_model) for cls in (trl.KTOTrainer, FusedKTOTrainer)
+    ]
+    for name, theirs in runs[0][0].items():
+        difference = (runs[1][0][name].float() - theirs.float()).norm() / theirs.float().norm()
+        assert difference < 5e-3, (name, difference)
+    for theirs, mine in zip(runs[0][1], runs[1][1]):
+        for name in set(theirs) & {"loss", "kl", "rewards/chosen", "logps/chosen", "entropy"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=0.05, abs=0.05), name
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "lora_dropout": 0.0}
+    return peft.LoraConfig(**(settings | options))
+
+
+def test_lora(tokenizer, tmp_path):
+    """The reference is the model with its adapter off; only the adapter trains."""
+    both(MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora())
+
+
+def test_lora_with_a_trained_head(tokenizer, tmp_path):
+    both(MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(modules_to_save=["lm_head"]))
+
+
+def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported.*target_modules"):
+        train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))
+
+
+def test_the_head_costs_three_units_and_the_others_one(tokenizer, tmp_path, monkeypatch):
+    """Through our operators alone, and never with rows that nothing scores."""
+    from torch.utils import flop_counter
+
+    seen = []
+    counts = {}
+    for name in ("linear_kto", "linear_token_logps", "linear_backward"):
+        op = getattr(torch.ops.kto_kernels, name)
+        formula = flop_counter.flop_registry[op]
+
+        def counted(*args, formula=formula, name=name, **kwargs):
+            seen.append(name)
+            counts[name] = counts.get(name, 0) + formula(*args, **kwargs)
+            return counts[name]
+
+        monkeypatch.setitem(flop_counter.flop_registry, op, counted)
+    with flop_counter.FlopCounterMode(display=False):
+        train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, steps=1)
+    # One training step (policy, its KL, the reference's two), and two batches of evaluation without gradients.
+    assert seen.count("linear_kto") == 1 and "linear_backward" not in seen
+    assert seen.count("linear_token_logps") == 3 + 2 * 4
+
+
+# Every other trainer ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+HIDDEN, VOCAB, COUNT = 16, 50, 23
+
+
+def function_arguments(dtype, frozen=False):
+    torch.manual_seed(0)
+    hidden = torch.randn(COUNT, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = (0.5 * torch.randn(VOCAB, HIDDEN)).to(dtype).requires_grad_(not frozen)
+    bias = torch.randn(VOCAB, dtype=dtype, requires_grad=not frozen)
+    return hidden, weight, bias, torch.randint(VOCAB, (COUNT,))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("scaling", [(1.0, None, 1.0), (0.7, 5.0, 0.5)])
+@pytest.mark.parametrize("outputs", [(), ("entropy",), ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")])
+def test_the_function_is_trls(frozen, scaling, outputs):
+    theirs = trl.kernels.ChunkedLogProbFunction
+    results, gradients = [], []
+    for function in (theirs, ours.ChunkedLogProbFunction):
+        leaves = function_arguments(torch.float32, frozen)
+        temperature, softcap, logit_scale = scaling
+        found = function.apply(*leaves, temperature, 16, softcap, logit_scale, outputs)
+        loss = (found[0] * torch.linspace(-1, 1, COUNT)).sum()
+        if "entropy" in outputs:
+            loss = loss + (found[1] * torch.linspace(0.5, 2, COUNT)).sum()
+        loss.backward()
+        results.append(found)
+        gradients.append([leaf.grad for leaf in leaves[:3]])
+    for mine, theirs_ in zip(results[1], results[0]):
+        assert (mine is None) == (theirs_ is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs_, rtol=1e-5, atol=1e-5)
+    for mine, theirs_ in zip(gradients[1], gradients[0]):
+        assert (mine is None) == (theirs_ is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs_, rtol=1e-4, atol=1e-5)
+
+
+def test_patch_trl_is_undone_and_may_be_repeated():
+    theirs = trl.trainer.utils._ChunkedLogProbFunction
+    with patch_trl():
+        assert trl.trainer.utils._ChunkedLogProbFunction is ours.ChunkedLogProbFunction
+        with patch_trl():
+            assert trl.kernels.ChunkedLogProbFunction is ours.ChunkedLogProbFunction
+        assert trl.trainer.utils._ChunkedLogProbFunction is ours.ChunkedLogProbFunction
+    assert trl.trainer.utils._ChunkedLogProbFunction is theirs
+    patch_trl()
+    unpatch_trl()
+    assert trl.trainer.utils._ChunkedLogProbFunction is theirs and trl.kernels.ChunkedLogProbFunction is theirs
+
+
+def test_an_unknown_trl_is_an_error(monkeypatch):
+    monkeypatch.setattr(ours, "version", lambda _: "trl 2.0.0")
+    with pytest.raises(RuntimeError, match=r"patch_trl: written for TRL 1\.16, found trl 2\.0\.0"):
+        patch_trl()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_trls_kto_trainer_on_ours(name, tokenizer, tmp_path):
+    plain = train(trl.KTOTrainer, MODELS[name], tokenizer, tmp_path)
+    with patch_trl():
+        patched = train(trl.KTOTrainer, MODELS[name], tokenizer, tmp_path)
+    assert_same_training(plain, patched)
+
+
+def test_sft_and_dpo_on_ours(tokenizer, tmp_path):
+    def run(cls, config, dataset):
+        torch.manual_seed(0)
+        args = config(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, optim="sgd",
+            report_to=[], save_strategy="no", use_cpu=True, logging_steps=1, bf16=False, gradient_checkpointing=False
+        )  # fmt: skip
+        model = MODELS["llama"]()
+        more = {"ref_model": copy.deepcopy(model)} if cls is trl.DPOTrainer else {}
+        trainer = cls(model, args=args, train_dataset=dataset, processing_class=tokenizer, **more)
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return dict(trainer.model.named_parameters()), history
+
+    texts = rows(12)
+    pairs = Dataset.from_list(
+        [
+            {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+            for a, b in zip(texts, list(texts)[1:])
+        ]
+    )
+    completions = texts.remove_columns("label")
+    for cls, config, dataset in ((trl.SFTTrainer, trl.SFTConfig, completions), (trl.DPOTrainer, trl.DPOConfig, pairs)):
+        plain = run(cls, config, dataset)
+        with patch_trl():
+            patched = run(cls, config, dataset)
+        assert_same_training(plain, patched)
