@@ -55,6 +55,7 @@ $(VENV)/demo.stamp: $(VENV)/install.stamp
 # Here the CUDA kernels too: for a GPU where nvcc is found, and their emulation on the host for the tests.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	KTO_KERNELS_CUDA_EMULATION=1 $(PIP) --no-build-isolation -e .[test,triton]
+	$(PIP) --no-deps liger-kernel
 	touch $@
 
 # The peers that are timed beside ours.
