@@ -1,0 +1,115 @@
+"""`FusedKTOTrainer` on two processes (DDP over gloo): both end with the same parameters, which are those of TRL's own
+trainer on two processes, and of one process that is given both their batches."""
+
+import gc
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+
+import trl
+from trl_harness import MODELS, assert_same_training, make_tokenizer, rows, train
+
+from kto_kernels.integrations.trl import FusedKTOTrainer
+
+SECONDS = 120  # without a result: the processes wait for each other
+
+
+def with_an_unused_parameter():
+    model = MODELS["llama"]()
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    return model
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
+
+
+def pairs_alike(count, labels=None):
+    """Rows whose mismatched pairs, completions rotated by one within a batch, are the same in batches of four and of
+    eight: what four and eight end with is the same."""
+    dataset = rows(count, labels)
+    completions = list(dataset["completion"])
+    completions[7::8] = completions[3::8]
+    return dataset.remove_columns("completion").add_column("completion", completions)
+
+
+# Per eight rows four go to each process: all desirable to the first, both kinds to the second.
+ONE_SIDED = [True] * 4 + [True, False, False, True]
+CASES = {
+    "kto": {"rows": pairs_alike},
+    "apo": {"rows": pairs_alike, "loss_type": "apo_zero_unpaired"},
+    "accumulation": {"gradient_accumulation_steps": 2, "steps": 2},
+    "adapter": {"ref": False, "peft": lora},
+    "unused parameter": {"make": with_an_unused_parameter, "ddp_find_unused_parameters": True},
+    "one-sided batches": {"labels": ONE_SIDED * 5},
+}
+
+
+def run(cls, case, path, **more):
+    options = {"make": MODELS["llama"], "steps": 4} | CASES[case] | more
+    peft = options.pop("peft", lambda: None)
+    return train(cls, options.pop("make"), make_tokenizer(), path, peft=peft(), **options)
+
+
+def process(rank: int, port: int, folder: Path):
+    """One of the two: trains every case with either trainer, and leaves each result in a file."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",  # else accelerate takes every core for each
+    }
+    torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage, which what was imported is not
+    for case in CASES:
+        for cls in (trl.KTOTrainer, FusedKTOTrainer):
+            result = run(cls, case, folder, ddp_backend="gloo")
+            assert torch.distributed.get_world_size() == 2
+            torch.save(result, folder / f"{case} {cls.__name__} {rank}")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a process made of a case: (case, trainer, rank) → parameters and history."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.spawn(process, (port, folder), nprocs=2, join=False)
+    done, since = [], time.monotonic()
+    while not context.join(timeout=1):
+        if (found := sorted(path.name for path in folder.iterdir() if path.is_file())) != done:
+            done, since = found, time.monotonic()
+        elif time.monotonic() - since > SECONDS:
+            for child in context.processes:
+                child.kill()
+            pytest.fail(f"nothing new for {SECONDS} s; done: {done}")
+    return lambda case, cls, rank: torch.load(folder / f"{case} {cls.__name__} {rank}", weights_only=True)
+
+
+def test_two_processes(trained, tmp_path, subtests):
+    for case in CASES:
+        with subtests.test(case):
+            mine, other = (trained(case, FusedKTOTrainer, rank) for rank in (0, 1))
+            for name, parameter in mine[0].items():
+                assert torch.equal(other[0][name], parameter), name
+            assert_same_training(trained(case, trl.KTOTrainer, 0), mine)
+
+    for case in ("kto", "apo"):
+        with subtests.test(f"{case}, one process with both batches"):
+            torch.set_num_threads(1)
+            one = run(FusedKTOTrainer, case, tmp_path, per_device_train_batch_size=8, per_device_eval_batch_size=8)
+            assert any(entry["kl"] > 0 for entry in one[1] if "kl" in entry) == (case == "kto")
+            assert_same_training(one, trained(case, FusedKTOTrainer, 0))
