@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import inspect, linear, logits, peers, report
+from . import inspect, linear, logits, peers, report, step
 from .environment import ROOT, describe
 from .measure import DTYPES, in_fresh_process
 
@@ -41,6 +41,29 @@ def run_linear(args: argparse.Namespace) -> None:
     result, path = measure_cases(args, [(*shape, head) for shape in shapes(args) for head in heads])
     console.print(report.provenance(result))
     finish(result, path, report.linear_tables(result), report.linear_notes(result))
+
+
+def run_step(args: argparse.Namespace) -> None:
+    repeats = 2 if args.quick else args.repeats
+    result = {"benchmark": "step", "device kind": args.device, **describe(args.device), "cases": []}
+    path = args.json or (None if args.quick else RESULTS / f"step-{args.device}.json")
+    with Progress(console=console) as progress:
+        for head in (step.TRAINED, step.LORA):
+            task = progress.add_task(f"{head} head", total=2 * (repeats + 1) + 4)
+
+            def tick(task=task):
+                progress.advance(task)
+
+            case = step.run(head, repeats, args.quick, tick, args.device)
+            for part in (step.STEP, step.LOSS):
+                case["peak extra bytes"][part] = {}
+                for variant in (step.TRL, step.OURS):
+                    measured = memory(step, variant, (head, part, args.quick), args.device)
+                    case["peak extra bytes"][part][variant] = measured
+                    tick()
+            result["cases"].append(case)
+            write(result, path)
+    finish(result, path, [(report.provenance(result), report.step_table(result))], [])
 
 
 def measure_cases(args: argparse.Namespace, shapes: list[tuple]) -> tuple[dict, Path | None]:
@@ -140,6 +163,15 @@ def main() -> None:
     add_arguments(command, linear, ("N", "H", "V"))
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
     command.set_defaults(run=run_linear)
+
+    command = commands.add_parser(
+        "step", help="an optimizer step of a real model under TRL's KTOTrainer and under ours"
+    )
+    command.add_argument("--device", choices=step.DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--repeats", type=int, default=step.REPEATS, help="default: %(default)s")
+    command.add_argument("--quick", action="store_true", help="a tiny model, few repetitions, no results file")
+    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/step-DEVICE.json)")
+    command.set_defaults(run=run_step)
 
     command = commands.add_parser("inspect", help="the Triton kernels as machine code: registers, spills, load widths")
     inspect.add_arguments(command)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 
+from . import step
 from .environment import ROOT
 from .logits import FORWARD, FRESH, INPLACE, YARDSTICK
 from .peers import NAIVE
@@ -127,6 +128,31 @@ def linear_notes(result: dict) -> list[str]:
     return lines
 
 
+def step_table(result: dict) -> list[list[str]]:
+    rows = [["", "head", "step, ms", "step, memory", "loss part, ms", "/ TRL's", "loss part, memory"]]
+    for case in result["cases"]:
+        seconds, peaks = case["seconds"], case["peak extra bytes"]
+        for variant in (step.TRL, step.OURS):
+            times = {part: seconds[part][variant] for part in (step.STEP, step.LOSS)}
+            share = times[step.LOSS]["median"] / seconds[step.LOSS][step.TRL]["median"]
+            rows.append(
+                [
+                    variant,
+                    case["head"],
+                    milliseconds(times[step.STEP]),
+                    memory(peaks[step.STEP][variant]),
+                    milliseconds(times[step.LOSS]),
+                    f"{share:.2f}×",
+                    memory(peaks[step.LOSS][variant]),
+                ]
+            )
+    return rows
+
+
+def step_contents(result: dict) -> tuple[str, list[str]]:
+    return "One optimizer step, SmolLM2-135M-Instruct in fp32, 4 rows of feedback", [markdown(step_table(result))]
+
+
 def section(name: str, contents: Callable[[dict], tuple[str, list[str]]]) -> str:
     path = RESULTS / f"{name}.json"
     if not path.exists():
@@ -149,7 +175,7 @@ def linear_contents(result: dict) -> tuple[str, list[str]]:
 
 SECTIONS = {
     f"{benchmark}-{kind}": contents
-    for benchmark, contents in {"logits": logits_contents, "linear": linear_contents}.items()
+    for benchmark, contents in {"logits": logits_contents, "linear": linear_contents, "step": step_contents}.items()
     for kind in ("cpu", "cuda")
 }
 
