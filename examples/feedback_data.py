@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # the label of a token that is not scored
+SHIPPED = Path(__file__).parent / "feedback.jsonl"  # 168 rows that like answers which come to the point
 
 
 class FeedbackError(ValueError):
@@ -147,15 +148,29 @@ def pad(encoded: Sequence[tuple[Tensor, Tensor]], pad_id: int, device: str | tor
     )
 
 
+def collate(rows: Sequence[Feedback], tokenizer, max_length: int = 512, device: str | torch.device = "cpu") -> Batch:
+    """The rows as one batch."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    own = [encode(row, row, tokenizer, max_length) for row in rows]
+    mismatched = [encode(*pair, tokenizer, max_length) for pair in mismatched_pairs(rows)]
+    desirable = torch.tensor([row.desirable for row in rows], device=device)
+    return Batch(pad(own, pad_id, device), pad(mismatched, pad_id, device), desirable)
+
+
 def make_batches(
-    rows: Sequence[Feedback], tokenizer, batch_size: int, max_length: int, device: str | torch.device = "cpu"
+    rows: Sequence[Feedback], tokenizer, batch_size: int = 8, max_length: int = 512, device: str | torch.device = "cpu"
 ) -> list[Batch]:
     """The rows as batches, the same whenever they are made: what the reference says of them is computed once."""
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batches = []
-    for group in stratified(rows, batch_size):
-        own = [encode(row, row, tokenizer, max_length) for row in group]
-        mismatched = [encode(*pair, tokenizer, max_length) for pair in mismatched_pairs(group)]
-        desirable = torch.tensor([row.desirable for row in group], device=device)
-        batches.append(Batch(pad(own, pad_id, device), pad(mismatched, pad_id, device), desirable))
-    return batches
+    return [collate(group, tokenizer, max_length, device) for group in stratified(rows, batch_size)]
+
+
+def conversations(rows: Sequence[Feedback]) -> list[dict]:
+    """The rows as TRL takes them; it applies the chat template and makes the mismatched pairs itself."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row.prompt}],
+            "completion": [{"role": "assistant", "content": row.completion}],
+            "label": row.desirable,
+        }
+        for row in rows
+    ]
