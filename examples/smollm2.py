@@ -42,7 +42,7 @@ def find_model(name: str | None) -> tuple[str, str | None]:
 def load_model(name: str | None = None, device: str = "cpu", *, tiny: bool = False):
     """The causal language model in fp32 and its tokenizer; `tiny`: with a small model of random weights in its place."""
     folder, gguf_file = find_model(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -53,8 +53,14 @@ def load_model(name: str | None = None, device: str = "cpu", *, tiny: bool = Fal
             torch.manual_seed(0)
             size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
             model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size))
+        elif gguf_file:
+            unpacked = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, quantization_config=unpacked, **where
+            )
+            model.hf_quantizer = None  # or trainers would take the weights, now plain fp32, for quantized ones
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
         raise ArgumentError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:

