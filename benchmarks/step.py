@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import sys
 import tempfile
 import warnings
@@ -23,6 +22,8 @@ from .measure import Timed, clock_of, interleaved, peak_extra_bytes
 
 TRL, OURS = "trl.KTOTrainer", "FusedKTOTrainer"
 TRAINED, LORA = "trained", "LoRA"
+sys.path.insert(0, str(ROOT / "examples"))  # the model and its data
+
 STEP, LOSS = "step", "loss part"
 BATCH = 4
 REPEATS = 9
@@ -48,25 +49,10 @@ class FixedStates:
 
 
 @functools.cache
-def model_and_tokenizer(quick: bool, device: str):
-    sys.path.insert(0, str(ROOT / "examples"))
-    from demo import load_model
+def model_and_tokenizer(quick: bool):
+    from smollm2 import load_model
 
-    model, tokenizer = load_model(None, "cpu")
-    if quick:
-        config = copy.deepcopy(model.config)
-        config.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
-        config.update({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
-        model = type(model)(config)
-    return model.to(device), tokenizer
-
-
-def conversation(prompt: str, completion: str, label: bool) -> dict:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": completion}],
-        "label": label,
-    }
+    return load_model(tiny=quick)
 
 
 def make_step(variant: str, head: str, part: str, quick: bool, device: str = "cpu") -> Callable[[], torch.Tensor]:
@@ -74,16 +60,17 @@ def make_step(variant: str, head: str, part: str, quick: bool, device: str = "cp
     import trl
     from datasets import Dataset
 
+    from feedback_data import SHIPPED, conversations, load_feedback
+
     from kto_kernels.integrations.trl import FusedKTOTrainer
 
-    model, tokenizer = model_and_tokenizer(quick, device)
-    rows = [json.loads(line) for line in (ROOT / "examples" / "feedback.jsonl").read_text().splitlines()[: 2 * BATCH]]
+    model, tokenizer = model_and_tokenizer(quick)
     peft_config = None
     if head == LORA:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(device)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = (FusedKTOTrainer if variant == OURS else trl.KTOTrainer)(
@@ -99,7 +86,7 @@ def make_step(variant: str, head: str, part: str, quick: bool, device: str = "cp
                 use_cpu=device == "cpu",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list([conversation(**row) for row in rows]),
+            train_dataset=Dataset.from_list(conversations(load_feedback(SHIPPED)[: 2 * BATCH])),
             processing_class=tokenizer,
             peft_config=peft_config,
         )

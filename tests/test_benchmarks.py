@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import linear, linear_peers, logits, measure, peers, report  # noqa: E402
+from benchmarks import linear, linear_peers, logits, measure, peers, report, step  # noqa: E402
 
 
 def quick_run(benchmark: str, path: Path) -> dict:
@@ -103,3 +103,16 @@ def test_guard_against_regressions(dtype):
     assert naive / seconds[f"kto_loss, cpu, {logits.INPLACE}"] > 2
     assert naive / seconds[f"kto_loss, cpu, {logits.FRESH}"] > 1.3
     assert naive / seconds[f"kto_loss, cpu, {logits.FORWARD}"] > 3
+
+
+def test_a_training_step(tmp_path):
+    """A tiny model: the gate holds, every figure is there; its times say nothing."""
+    pytest.importorskip("trl")
+    case = step.run(step.LORA, 2, True, lambda: None)
+    times = {"low": 0.1, "median": 0.2, "high": 0.3}
+    assert set(case["seconds"]) == {step.STEP, step.LOSS} and set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
+    case["seconds"] = {part: {step.TRL: times, step.OURS: times} for part in (step.STEP, step.LOSS)}
+    case["peak extra bytes"] = {part: {step.TRL: 2**21, step.OURS: 2**20} for part in (step.STEP, step.LOSS)}
+    head, theirs, mine = report.step_table({"cases": [case]})
+    assert theirs[:2] == [step.TRL, step.LORA] and mine[0] == step.OURS
+    assert mine[head.index("/ TRL's")] == "1.00×" and mine[-1] == "1.0 MiB"
