@@ -59,7 +59,6 @@ def make_step(variant: str, head: str, part: str, quick: bool, device: str = "cp
     """One training step on the same batch every time."""
     import trl
     from datasets import Dataset
-
     from feedback_data import SHIPPED, conversations, load_feedback
 
     from kto_kernels.integrations.trl import FusedKTOTrainer
