@@ -7,7 +7,7 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test test-gpu demo bench report lint clean
+.PHONY: test test-versions test-gpu demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
@@ -15,6 +15,9 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory and ms-swift, in .venv-versions/
+	PYTHON=$(PYTHON) tests/versions/run.sh
 
 demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 	$(BIN)/python examples/demo.py
