@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # the model and its data
 
 STEP, LOSS = "step", "loss part"
 BATCH = 4
-REPEATS = 9
+REPEATS = 5
 DEVICES = ("cpu", "cuda")
 
 
