@@ -25,6 +25,7 @@ demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ and the README's tables
 	$(BIN)/python -m benchmarks logits
 	$(BIN)/python -m benchmarks linear
+	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks report
 
 report: $(VENV)/test.stamp  ## fail where README and results differ
