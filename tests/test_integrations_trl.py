@@ -112,6 +112,29 @@ def test_lora_with_a_trained_head(tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(modules_to_save=["lm_head"]))
 
 
+def test_the_reference_in_an_adapter_of_its_own(tokenizer, tmp_path):
+    """TRL keeps the adapter that a PEFT model comes with as one called ref."""
+    peft = pytest.importorskip("peft")
+    (parameters, _), _ = both(lambda: peft.get_peft_model(MODELS["llama"](), lora()), tokenizer, tmp_path, ref=False)
+    assert any(".ref." in name for name in parameters)
+
+
+def test_virtual_tokens_in_front(tokenizer, tmp_path):
+    """A prompt-learning adapter lengthens what the model returns; they are not scored."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    both(MODELS["llama"], tokenizer, tmp_path, ref=False, peft=config, learning_rate=1.0)
+
+
+def test_compute_metrics_gets_trls_logits(tokenizer, tmp_path):
+    def compute_metrics(prediction):
+        logits, ids = prediction.predictions, prediction.label_ids
+        return {"agree": float((logits[:, :-1].argmax(-1) == ids[:, 1:]).mean()), "spread": float(logits.std())}
+
+    _, (_, history) = both(MODELS["llama"], tokenizer, tmp_path, steps=3, compute_metrics=compute_metrics)
+    assert {"eval_agree", "eval_spread"} <= set(history[-1])
+
+
 def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported.*target_modules"):
         train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))

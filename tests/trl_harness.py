@@ -66,7 +66,19 @@ def rows(count: int, labels=None) -> Dataset:
 
 
 def train(
-    cls, make, tokenizer, tmp_path, *, steps=10, labels=None, rows=rows, ref=True, peft=None, head=None, **config
+    cls,
+    make,
+    tokenizer,
+    tmp_path,
+    *,
+    steps=10,
+    labels=None,
+    rows=rows,
+    ref=True,
+    peft=None,
+    head=None,
+    compute_metrics=None,
+    **config,
 ):
     """The parameters after the training, and what it logged."""
     torch.manual_seed(0)
@@ -106,6 +118,7 @@ def train(
         eval_dataset=rows(8),
         processing_class=tokenizer,
         peft_config=peft,
+        compute_metrics=compute_metrics,
     )
     trainer.train()
     evaluation = trainer.evaluate()
