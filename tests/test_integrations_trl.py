@@ -66,6 +66,26 @@ def test_no_reference_model_is_the_model_at_the_start(tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, ref=False, precompute_ref_log_probs=True)
 
 
+def test_the_precomputed_reference_is_scored_by_ours(tokenizer, tmp_path, monkeypatch):
+    calls = []
+    apply = ours.ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        ours.ChunkedLogProbFunction, "apply", staticmethod(lambda *args: calls.append(len(args[0])) or apply(*args))
+    )
+    options = {"precompute_ref_log_probs": True, "steps": 1, "ref": False}
+    # Other rows than elsewhere: TRL caches what it has computed for the same model and data.
+    train(
+        FusedKTOTrainer,
+        MODELS["qwen2"],
+        tokenizer,
+        tmp_path,
+        rows=lambda n, labels=None: rows(n + 4, labels),
+        **options,
+    )
+    # Completions and mismatched ones of 44 rows and of 12, four at a time; then KL passes of a step and of evaluation.
+    assert len(calls) == 2 * (11 + 3) + 1 + 3
+
+
 def test_frozen_head(tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, head=lambda model: model.lm_head.requires_grad_(False))
 

@@ -237,6 +237,10 @@ class FusedKTOTrainer(KTOTrainer):
             _take_over(self.accelerator.unwrap_model(self.ref_model))
         self._known_kl_logps: tuple[Any, Tensor | None] | None = None
 
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        with _scored_by(ChunkedLogProbFunction):  # TRL calls this in its constructor too, before the take-over
+            return super()._precompute_ref_logps(*args, **kwargs)
+
     def _compute_kl_logps(self, model: Any, batch: dict) -> Tensor | None:
         if self._known_kl_logps is not None and model is self._known_kl_logps[0]:
             return self._known_kl_logps[1]
