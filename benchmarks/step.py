@@ -12,7 +12,6 @@ import copy
 import functools
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -70,8 +69,7 @@ def make_step(variant: str, head: str, part: str, quick: bool, device: str = "cp
 
         peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = copy.deepcopy(model).to(device)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         trainer = (FusedKTOTrainer if variant == OURS else trl.KTOTrainer)(
             model,
             ref_model=None if head == LORA else copy.deepcopy(model),

@@ -21,6 +21,8 @@ from kto_kernels.integrations.trl import FusedKTOTrainer
 
 SECONDS = 120  # without a result: the processes wait for each other
 
+METRICS_RTOL = 1e-4  # with beta=3 the rewards have three times the rounding of the log-probabilities
+
 
 def with_an_unused_parameter():
     model = MODELS["llama"]()
@@ -106,11 +108,11 @@ def test_two_processes(trained, tmp_path, subtests):
             mine, other = (trained(case, FusedKTOTrainer, rank) for rank in (0, 1))
             for name, parameter in mine[0].items():
                 assert torch.equal(other[0][name], parameter), name
-            assert_same_training(trained(case, trl.KTOTrainer, 0), mine)
+            assert_same_training(trained(case, trl.KTOTrainer, 0), mine, metrics_rtol=METRICS_RTOL)
 
     for case in ("kto", "apo"):
         with subtests.test(f"{case}, one process with both batches"):
             torch.set_num_threads(1)
             one = run(FusedKTOTrainer, case, tmp_path, per_device_train_batch_size=8, per_device_eval_batch_size=8)
             assert any(entry["kl"] > 0 for entry in one[1] if "kl" in entry) == (case == "kto")
-            assert_same_training(one, trained(case, FusedKTOTrainer, 0))
+            assert_same_training(one, trained(case, FusedKTOTrainer, 0), metrics_rtol=METRICS_RTOL)

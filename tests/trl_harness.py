@@ -130,13 +130,14 @@ def timeless(entry: dict) -> dict:
     return {k: v for k, v in entry.items() if not any(word in k for word in ("runtime", "per_second", "flos", "time"))}
 
 
-def assert_same_training(theirs, mine, rtol=2e-4, atol=2e-6):
+def assert_same_training(theirs, mine, rtol=1e-5, atol=1e-6, metrics_rtol=1e-5):
     (their_parameters, their_history), (my_parameters, my_history) = theirs, mine
     assert len(their_history) == len(my_history)
     for entry, own in zip(map(timeless, their_history), map(timeless, my_history)):
         assert set(entry) == set(own)
         for name, value in entry.items():
-            assert own[name] == pytest.approx(value, rel=1e-3, abs=2e-5, nan_ok=True), name
+            # Sums of log-probabilities, some 50 nats, are taken in fp32: their differences have that rounding.
+            assert own[name] == pytest.approx(value, rel=metrics_rtol, abs=2e-5, nan_ok=True), name
     assert set(their_parameters) == set(my_parameters)
     moved = 0.0
     for name, parameter in their_parameters.items():
