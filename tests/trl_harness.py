@@ -131,6 +131,7 @@ def timeless(entry: dict) -> dict:
 
 
 def assert_same_training(theirs, mine, rtol=1e-5, atol=1e-6, metrics_rtol=1e-5):
+    """`metrics_rtol`: more where what is logged is a sum over whole logits, as older versions do."""
     (their_parameters, their_history), (my_parameters, my_history) = theirs, mine
     assert len(their_history) == len(my_history)
     for entry, own in zip(map(timeless, their_history), map(timeless, my_history)):

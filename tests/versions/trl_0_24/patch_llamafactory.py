@@ -108,5 +108,5 @@ def test_ten_steps(case, tmp_path, monkeypatch):
         mine = train(tmp_path, **OPTIONS[case])
     # Ten of training and two of evaluation; each scores completions and mismatched ones, by policy and reference.
     assert calls.count("kto_loss_from_logps") == 12 and calls.count("token_logps") == 4 * 12
-    assert_same_training(theirs, mine)
+    assert_same_training(theirs, mine, metrics_rtol=1e-4)
     assert {"kl", "rewards/chosen", "logps/rejected"} <= set().union(*mine[1])

@@ -50,7 +50,7 @@ def with_and_without(patch, cls, path, *, make=MODELS["llama"], **options):
 def test_ten_steps(case, tmp_path, calls):
     theirs, mine = with_and_without(patch_trl_kto, trl.KTOTrainer, tmp_path, **OPTIONS[case])
     assert len(calls) == 12  # ten of training, two of evaluation
-    assert_same_training(theirs, mine)
+    assert_same_training(theirs, mine, metrics_rtol=1e-4)
     assert {"kl", "rewards/chosen", "logps/rejected"} <= set().union(*mine[1])
 
 
@@ -59,4 +59,4 @@ def test_ten_steps_of_ligers_loss(tmp_path, calls):
     assert len(calls) == 12
     # Liger's sums of logits count the prompt and the padding too.
     theirs, mine = ((p, [{k: v for k, v in e.items() if "logits/" not in k} for e in history]) for p, history in runs)
-    assert_same_training(theirs, mine)
+    assert_same_training(theirs, mine, metrics_rtol=1e-4)

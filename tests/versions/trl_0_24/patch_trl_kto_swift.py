@@ -108,5 +108,5 @@ def test_ten_steps(case, saved, tmp_path, monkeypatch):
     # Ten of training and two of evaluation; policy and reference score completions, and mismatched ones for the KL.
     assert calls.count("kto_loss_from_logps") == 12
     assert calls.count("token_logps") == (2 if case == "apo" else 4) * 12
-    assert_same_training(theirs, mine)
+    assert_same_training(theirs, mine, metrics_rtol=1e-4)
     assert {"kl", "rewards/chosen", "logps/rejected"} <= set().union(*mine[1])

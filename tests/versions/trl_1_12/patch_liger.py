@@ -46,5 +46,5 @@ def test_ten_steps(case, tmp_path, monkeypatch):
     with patch_liger():
         mine = run(tmp_path, **OPTIONS[case])
     assert len(calls) == 12  # ten of training, two of evaluation
-    assert_same_training(theirs, mine)
+    assert_same_training(theirs, mine, metrics_rtol=1e-4)
     assert {"kl", "rewards/chosen", "logps/rejected"} <= set().union(*mine[1])
