@@ -70,6 +70,15 @@ def scoring(shift: object, ignore_index: object, temperature: object, backend: o
     choice("backend", backend, NAMES)
 
 
+def unshifted(shift: bool, context_group: object) -> None:
+    """A rank does not have the label of the token after its last one."""
+    if shift and context_group is not None:
+        raise ValueError(
+            "shift: with a context_group the label of a rank's last token is on another rank; shift the labels before "
+            "the sequences are cut, and pass shift=False"
+        )
+
+
 def rows(
     logits: Tensor,
     labels: Tensor,

@@ -8,17 +8,28 @@ functions in `kto_kernels.ops` (from logits) and `kto_kernels.linear_ops` (from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, linear_ops, ops, reference
+from .distributed import Ranks
 from .linear import scored_targets
 from .output import KTOOutput
 from .plan import LONG_SEQUENCES
 from .rows import OUTPUTS
-from .stages import gemm_dtype, linear_scores, loss_options, loss_output, reference_point
+from .stages import (
+    before_policy,
+    gemm_dtype,
+    linear_scores,
+    logits_scores,
+    loss_options,
+    loss_output,
+    not_yet,
+    sequence_sums,
+)
 
 
 def kto_loss(
@@ -47,6 +58,8 @@ def kto_loss(
     temperature: float = 1.0,
     inplace_backward: bool = False,
     process_group: Any = None,
+    vocab_group: Any = None,
+    context_group: Any = None,
     backend: str = "auto",
 ) -> KTOOutput:
     """The KTO loss (Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8) and its gradient from logits.
@@ -76,7 +89,14 @@ def kto_loss(
         inplace_backward: the gradient overwrites `logits`, which must be neither a leaf nor a view of one (the latter
             goes unnoticed under torch.compile); one backward only. A model's output is right as it is; to try it on a
             leaf, pass `logits * 1`.
-        process_group: not supported yet.
+        process_group, vocab_group, context_group: torch.distributed ProcessGroups, or one-dimensional DeviceMeshes
+            (`mesh["dp"]`); the ranks of a group call with the same options. With any of them the stages are separate
+            operators.
+            process_group: data parallel. z0 is that of all ranks' mismatched completions, however many each has (none
+            included): one all-reduce, hidden behind the policy's pass. `kl` as a number is taken as it is.
+            vocab_group: each rank has some columns of every logits tensor, in the order of ranks, and the same rest.
+            context_group: each rank has some tokens of every sequence, and the same B-sized tensors; packed ranks all
+            have B + 1 offsets, into their own tokens. `shift` must be False. Each rank gets the gradient of its tokens.
         backend: "auto", or a name out of `available_backends()`.
 
     Returns:
@@ -85,45 +105,100 @@ def kto_loss(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it. Labels and offsets on a GPU are not
             looked at (that would wait for the device).
-        RuntimeError: the backend named is not available; or, in backward, the gradient is differentiated again, or the
-            logits have been overwritten.
-        NotImplementedError: `process_group` is given.
+        RuntimeError: the backend named is not available; another rank of a group has other options or failed its
+            checks; or, in backward, the gradient is differentiated again, or the logits have been overwritten.
     """
-    checks.scoring(shift, ignore_index, temperature, backend)
-    count = checks.rows(logits, labels, cu_seqlens)
-    scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
-    checks.flag("average_log_prob", average_log_prob)
-    checks.flag("inplace_backward", inplace_backward)
-    if inplace_backward:
-        checks.in_place(logits)
-    checks.desirable(desirable, count, logits)
-
-    if ref_logits is not None and ref_logps is not None:
-        raise ValueError("ref_logits, ref_logps: expected one of them or neither (reference-free), got both")
-    if ref_logits is not None:
-        checks.vocabulary("ref_logits", ref_logits, logits)
-        checks.shape("ref_logits", ref_logits, tuple(logits.shape), "as logits")
-    if ref_logps is not None:
-        checks.sequences("ref_logps", ref_logps, count, "one per sequence", logits)
-    kl_count = None
-    if kl_logits is None and ref_kl_logits is None and (kl_labels is not None or kl_cu_seqlens is not None):
-        raise ValueError("kl_labels, kl_cu_seqlens: go with kl_logits or ref_kl_logits, got neither")
-    for name, side, logps in (("kl", kl_logits, kl_logps), ("ref_kl", ref_kl_logits, ref_kl_logps)):
-        if side is not None and logps is not None:
-            raise ValueError(f"{name}_logits, {name}_logps: expected one of them, got both")
-        if side is not None:
-            if kl_labels is None:
-                raise ValueError(f"kl_labels: needed with {name}_logits")
-            kl_count = checks.rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_logits", like=logits)
-    checks.kl_pair(kl_logps, ref_kl_logps, kl_count, logits)
-    checks.kl_source(
-        loss_type,
-        kl,
-        logits,
-        has_reference=ref_logits is not None or ref_logps is not None,
-        has_kl=kl_logits is not None or kl_logps is not None,
-        has_ref_kl=ref_kl_logits is not None or ref_kl_logps is not None,
+    ranks = Ranks.of(
+        process_group=process_group,
+        vocab_group=vocab_group,
+        context_group=context_group,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        average_log_prob=average_log_prob,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
     )
+    with ranks.checks(logits):
+        checks.scoring(shift, ignore_index, temperature, backend)
+        count = checks.rows(logits, labels, cu_seqlens)
+        scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
+        checks.flag("average_log_prob", average_log_prob)
+        checks.flag("inplace_backward", inplace_backward)
+        if inplace_backward:
+            checks.in_place(logits)
+        checks.desirable(desirable, count, logits)
+
+        if ref_logits is not None and ref_logps is not None:
+            raise ValueError("ref_logits, ref_logps: expected one of them or neither (reference-free), got both")
+        if ref_logits is not None:
+            checks.vocabulary("ref_logits", ref_logits, logits)
+            checks.shape("ref_logits", ref_logits, tuple(logits.shape), "as logits")
+        if ref_logps is not None:
+            checks.sequences("ref_logps", ref_logps, count, "one per sequence", logits)
+        kl_count = None
+        if kl_logits is None and ref_kl_logits is None and (kl_labels is not None or kl_cu_seqlens is not None):
+            raise ValueError("kl_labels, kl_cu_seqlens: go with kl_logits or ref_kl_logits, got neither")
+        for name, side, logps in (("kl", kl_logits, kl_logps), ("ref_kl", ref_kl_logits, ref_kl_logps)):
+            if side is not None and logps is not None:
+                raise ValueError(f"{name}_logits, {name}_logps: expected one of them, got both")
+            if side is not None:
+                if kl_labels is None:
+                    raise ValueError(f"kl_labels: needed with {name}_logits")
+                kl_count = checks.rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_logits", like=logits)
+        checks.kl_pair(kl_logps, ref_kl_logps, kl_count, logits)
+        checks.kl_source(
+            loss_type,
+            kl,
+            logits,
+            has_reference=ref_logits is not None or ref_logps is not None,
+            has_kl=kl_logits is not None or kl_logps is not None,
+            has_ref_kl=ref_kl_logits is not None or ref_kl_logps is not None,
+        )
+        checks.unshifted(shift, ranks.context)
+
+    if ranks:
+        layout = {"sequences": count, "mismatched": kl_count, "dtype": logits.dtype}
+        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, **layout)
+        vocab = logits.shape[-1] if shard is None else shard.vocab
+
+        def scores(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, inplace: bool = False) -> Tensor:
+            scoring = (shift, ignore_index, float(temperature))
+            return logits_scores(logits, labels, cu_seqlens, scoring, inplace, backend, shard)
+
+        def sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+            scored = scored_targets(labels, cu_seqlens, shift, ignore_index, vocab)[1] if average_log_prob else None
+            return sequence_sums(token_logps, scored, cu_seqlens, ranks)
+
+        def forward_only(logits, labels, cu_seqlens) -> Callable[[], Tensor] | None:
+            return None if logits is None else lambda: sums(scores(logits, labels, cu_seqlens), labels, cu_seqlens)
+
+        finish_z0, ref_logps = before_policy(
+            forward_only(kl_logits, kl_labels, kl_cu_seqlens),
+            forward_only(ref_kl_logits, kl_labels, kl_cu_seqlens),
+            forward_only(ref_logits, labels, cu_seqlens),
+            (kl, kl_logps, ref_kl_logps, ref_logps),
+            logits,
+            ranks,
+        )
+        token_logps = scores(logits, labels, cu_seqlens, inplace_backward)
+        logps = sums(token_logps, labels, cu_seqlens)
+        beta, *weights = scalars
+        dtype = reference.compute_dtype(logits.dtype)
+        return loss_output(
+            logps,
+            ref_logps,
+            finish_z0(),
+            desirable,
+            beta,
+            tuple(weights),
+            reduction,
+            dtype,
+            token_logps=token_logps.detach(),
+        )
 
     loss, logps, ref, rewards, z0, _, token_logps, _ = ops.kto_forward(
         logits,
@@ -159,6 +234,7 @@ def kto_loss(
         kl=z0,
         desirable=desirable,
         token_logps=token_logps,
+        reduction=reduction,
     )
 
 
@@ -196,6 +272,8 @@ def linear_kto_loss(
     shift: bool = False,
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     process_group: Any = None,
+    vocab_group: Any = None,
+    context_group: Any = None,
     backend: str = "auto",
 ) -> KTOOutput:
     """`kto_loss(hidden @ weight.T + bias, labels, desirable)`, never holding more than `max_logits_bytes` of logits.
@@ -225,7 +303,8 @@ def linear_kto_loss(
         outputs: out of "entropy", "mean_logits", "is_top1": of every scored token, without gradient.
         beta, desirable_weight, undesirable_weight, loss_type, average_log_prob, reduction: as for `kto_loss`. Under
             `reduction="none"` a trained head's logits are computed once more in the backward (4G).
-        process_group: not supported yet.
+        process_group, vocab_group, context_group: as for `kto_loss`. With a vocabulary group each rank has some rows of
+            `weight`, `bias` and their references, and the whole `hidden`, whose gradient is whole on every rank.
         backend: "auto", or a name out of `available_backends()`: what scores the chunks. The GEMMs are PyTorch's.
 
     Returns:
@@ -234,105 +313,131 @@ def linear_kto_loss(
     Raises:
         TypeError, ValueError: an argument is not as above, or `max_logits_bytes` holds not one row of logits; the
             message names it. Labels and offsets on a GPU are not looked at.
-        RuntimeError: the backend named is not available; or, in backward, the gradient is differentiated again, or
-            asked for a second time (the first backward hands it over).
-        NotImplementedError: `process_group` is given.
+        RuntimeError: the backend named is not available; another rank of a group has other options or failed its
+            checks; or, in backward, the gradient is differentiated again, or asked for a second time (the first
+            backward hands it over).
 
     On a GPU the forward waits for the device once for each set of hidden states: how many tokens are scored decides
     shapes. The backward does not wait.
     """
-    checks.scoring(shift, ignore_index, temperature, backend)
-    checks.head_scale(logit_scale, softcap, max_logits_bytes)
-    checks.choice("long_sequences", long_sequences, LONG_SEQUENCES)
-    outputs = checks.outputs(outputs, OUTPUTS)
-    checks.head(hidden, weight, bias)
-    count = checks.hidden_rows(hidden, labels, cu_seqlens)
-    beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
-    checks.flag("average_log_prob", average_log_prob)
-    checks.desirable(desirable, count, hidden)
-
-    if ref_hidden is not None and ref_logps is not None:
-        raise ValueError("ref_hidden, ref_logps: expected one of them or neither (reference-free), got both")
-    if ref_logps is not None:
-        checks.sequences("ref_logps", ref_logps, count, "one per sequence", hidden)
-    if (ref_hidden is None and ref_kl_hidden is None) != (ref_weight is None):
-        raise ValueError(
-            "ref_weight: goes with ref_hidden or ref_kl_hidden, and they with it; where the reference shares the "
-            "policy's head, pass ref_weight=weight"
-        )
-    if ref_weight is None and ref_bias is not None:
-        raise ValueError("ref_bias: goes with ref_weight, got none")
-    if ref_hidden is not None:
-        checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight)
-        rows = tuple(labels.shape)
-        checks.shape("ref_hidden", ref_hidden, (*rows, ref_weight.shape[1]), "the labels', and ref_weight's width")
-    kl_count = None
-    if kl_hidden is None and ref_kl_hidden is None and (kl_labels is not None or kl_cu_seqlens is not None):
-        raise ValueError("kl_labels, kl_cu_seqlens: go with kl_hidden or ref_kl_hidden, got neither")
-    for name, side, logps in (("kl", kl_hidden, kl_logps), ("ref_kl", ref_kl_hidden, ref_kl_logps)):
-        if side is None:
-            continue
-        if logps is not None:
-            raise ValueError(f"{name}_hidden, {name}_logps: expected one of them, got both")
-        if kl_labels is None:
-            raise ValueError(f"kl_labels: needed with {name}_hidden")
-        if name == "kl":
-            checks.head(side, weight, bias, name="kl_hidden")
-        else:
-            checks.reference_head(side, ref_weight, ref_bias, "ref_kl_hidden", weight)
-        kl_count = checks.hidden_rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_hidden")
-    checks.kl_pair(kl_logps, ref_kl_logps, kl_count, hidden)
-    checks.kl_source(
-        loss_type,
-        kl,
-        hidden,
-        has_reference=ref_hidden is not None or ref_logps is not None,
-        has_kl=kl_hidden is not None or kl_logps is not None,
-        has_ref_kl=ref_kl_hidden is not None or ref_kl_logps is not None,
+    ranks = Ranks.of(
+        process_group=process_group,
+        vocab_group=vocab_group,
+        context_group=context_group,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        average_log_prob=average_log_prob,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        outputs=outputs,
     )
+    with ranks.checks(hidden):
+        checks.scoring(shift, ignore_index, temperature, backend)
+        checks.head_scale(logit_scale, softcap, max_logits_bytes)
+        checks.choice("long_sequences", long_sequences, LONG_SEQUENCES)
+        outputs = checks.outputs(outputs, OUTPUTS)
+        checks.head(hidden, weight, bias)
+        count = checks.hidden_rows(hidden, labels, cu_seqlens)
+        beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
+        checks.flag("average_log_prob", average_log_prob)
+        checks.desirable(desirable, count, hidden)
 
+        if ref_hidden is not None and ref_logps is not None:
+            raise ValueError("ref_hidden, ref_logps: expected one of them or neither (reference-free), got both")
+        if ref_logps is not None:
+            checks.sequences("ref_logps", ref_logps, count, "one per sequence", hidden)
+        if (ref_hidden is None and ref_kl_hidden is None) != (ref_weight is None):
+            raise ValueError(
+                "ref_weight: goes with ref_hidden or ref_kl_hidden, and they with it; where the reference shares the "
+                "policy's head, pass ref_weight=weight"
+            )
+        if ref_weight is None and ref_bias is not None:
+            raise ValueError("ref_bias: goes with ref_weight, got none")
+        if ref_hidden is not None:
+            checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight)
+            rows = tuple(labels.shape)
+            checks.shape("ref_hidden", ref_hidden, (*rows, ref_weight.shape[1]), "the labels', and ref_weight's width")
+        kl_count = None
+        if kl_hidden is None and ref_kl_hidden is None and (kl_labels is not None or kl_cu_seqlens is not None):
+            raise ValueError("kl_labels, kl_cu_seqlens: go with kl_hidden or ref_kl_hidden, got neither")
+        for name, side, logps in (("kl", kl_hidden, kl_logps), ("ref_kl", ref_kl_hidden, ref_kl_logps)):
+            if side is None:
+                continue
+            if logps is not None:
+                raise ValueError(f"{name}_hidden, {name}_logps: expected one of them, got both")
+            if kl_labels is None:
+                raise ValueError(f"kl_labels: needed with {name}_hidden")
+            if name == "kl":
+                checks.head(side, weight, bias, name="kl_hidden")
+            else:
+                checks.reference_head(side, ref_weight, ref_bias, "ref_kl_hidden", weight)
+            kl_count = checks.hidden_rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_hidden")
+        checks.kl_pair(kl_logps, ref_kl_logps, kl_count, hidden)
+        checks.kl_source(
+            loss_type,
+            kl,
+            hidden,
+            has_reference=ref_hidden is not None or ref_logps is not None,
+            has_kl=kl_hidden is not None or kl_logps is not None,
+            has_ref_kl=ref_kl_hidden is not None or ref_kl_logps is not None,
+        )
+        checks.unshifted(shift, ranks.context)
+
+    layout = {"sequences": count, "mismatched": kl_count, "dtype": gemm_dtype(hidden, weight)}
+    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, **layout)
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
 
-    def sequence_sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
-        return reference.sequence_logps(token_logps, scored if average_log_prob else None, cu_seqlens)
+    vocab = weight.shape[0] if shard is None else shard.vocab
 
-    def forward_only(hidden, weight, bias, labels, cu_seqlens, prefix: str = "") -> Tensor | None:
+    def scores(hidden, weight, bias, labels, cu_seqlens, outputs=(), prefix: str = "") -> tuple[Tensor, ...]:
+        return linear_scores(
+            hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix, shard=shard
+        )
+
+    def sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        scored = scored_targets(labels, cu_seqlens, shift, ignore_index, vocab)[1] if average_log_prob else None
+        return sequence_sums(token_logps, scored, cu_seqlens, ranks)
+
+    def forward_only(hidden, weight, bias, labels, cu_seqlens, prefix: str = "") -> Callable[[], Tensor] | None:
         if hidden is None:
             return None
-        with torch.no_grad():
-            logps, *_ = linear_scores(
-                hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, (), backend, prefix
-            )
-            return sequence_sums(logps, labels, cu_seqlens)
+        return lambda: sums(scores(hidden, weight, bias, labels, cu_seqlens, (), prefix)[0], labels, cu_seqlens)
 
-    # What the policy's coefficients need comes first.
-    if ref_hidden is not None:
-        ref_logps = forward_only(ref_hidden, ref_weight, ref_bias, labels, cu_seqlens)
-    if kl_hidden is not None:
-        kl_logps = forward_only(kl_hidden, weight, bias, kl_labels, kl_cu_seqlens, "kl_")
-    if ref_kl_hidden is not None:
-        ref_kl_logps = forward_only(ref_kl_hidden, ref_weight, ref_bias, kl_labels, kl_cu_seqlens, "kl_")
-    z0 = reference_point(kl, kl_logps, ref_kl_logps, hidden.device)
+    finish_z0, ref_logps = before_policy(
+        forward_only(kl_hidden, weight, bias, kl_labels, kl_cu_seqlens, "kl_"),
+        forward_only(ref_kl_hidden, ref_weight, ref_bias, kl_labels, kl_cu_seqlens, "kl_"),
+        forward_only(ref_hidden, ref_weight, ref_bias, labels, cu_seqlens),
+        (kl, kl_logps, ref_kl_logps, ref_logps),
+        hidden,
+        ranks,
+    )
 
     dtype = gemm_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     trains = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     loss = None
     if any(trains[1:]) and reduction != "none":
+        not_yet("vocab_group", shard)
+        not_yet("context_group", ranks.context)
+        z0 = finish_z0()
         loss, logps, _, token_logps, *extra, _, _, _ = linear_ops.linear_kto(
             hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
             reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, True, backend
         )  # fmt: skip
     else:
-        token_logps, *extra = linear_scores(
-            hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend
-        )
-        logps = sequence_sums(token_logps, labels, cu_seqlens)
+        token_logps, *extra = scores(hidden, weight, bias, labels, cu_seqlens, outputs)
+        logps = sums(token_logps, labels, cu_seqlens)
+        z0 = finish_z0()
     more = {name: values.detach() for name, values in zip(OUTPUTS, extra) if name in outputs}
     more["token_logps"] = token_logps.detach()
     if outputs:
-        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
+        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, vocab)
         more |= {"scored": scored, "cu_seqlens": cu_seqlens}
     float_dtype = reference.compute_dtype(dtype)
     return loss_output(logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, float_dtype, loss, **more)

@@ -31,6 +31,8 @@ class KTOLoss(nn.Module):
         temperature: float = 1.0,
         inplace_backward: bool = False,
         process_group: Any = None,
+        vocab_group: Any = None,
+        context_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -46,6 +48,8 @@ class KTOLoss(nn.Module):
             "temperature": temperature,
             "inplace_backward": inplace_backward,
             "process_group": process_group,
+            "vocab_group": vocab_group,
+            "context_group": context_group,
             "backend": backend,
         }
 
@@ -112,6 +116,8 @@ class LinearKTOLoss(nn.Module):
         ignore_index: int = -100,
         shift: bool = False,
         process_group: Any = None,
+        vocab_group: Any = None,
+        context_group: Any = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -131,6 +137,8 @@ class LinearKTOLoss(nn.Module):
             "ignore_index": ignore_index,
             "shift": shift,
             "process_group": process_group,
+            "vocab_group": vocab_group,
+            "context_group": context_group,
             "backend": backend,
         }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .distributed import group_size, resolve, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class KTOOutput:
             `kto_kernels.reference.outputs`. 0 or False elsewhere.
         scored: labels-shaped bool, the tokens that these are of; and
         cu_seqlens: their packed layout, as given.
+        reduction: the loss's, as given.
     """
 
     loss: Tensor
@@ -41,21 +44,29 @@ class KTOOutput:
     is_top1: Tensor | None = None
     scored: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    reduction: str = "mean"
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, process_group: Any = None) -> dict[str, float]:
         """Plain floats under TRL's names: `loss` (the mean over sequences under `"none"`), `kl`, and for each class
         that the batch holds `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`; `rewards/margins`
         where both are there. Where asked for, means over the scored tokens: `entropy`, `logits/chosen`,
         `logits/rejected`, `mean_token_accuracy`. What nothing was counted for has no entry, never a NaN. Waits for the
-        device once."""
+        device once.
+
+        With a `process_group` (a ProcessGroup, or a one-dimensional DeviceMesh) sums and counts are added over its ranks
+        first, by one all-reduce: means over all of their sequences and tokens, however many each has."""
+        group = resolve("process_group", process_group)
         everything = torch.ones_like(self.desirable)
         classes = {"chosen": self.desirable, "rejected": ~self.desirable}
         one = torch.ones((), dtype=torch.float64, device=self.logps.device)
+        loss = self.loss.detach().double()
+        if self.reduction == "sum":  # adds up over ranks
+            loss = (loss, one / group_size(group))
+        else:
+            sequences = one * self.logps.numel()
+            loss = (loss * sequences if self.reduction == "mean" else loss.sum(), sequences)
         # name → (sum, count)
-        means = {
-            "loss": (reference.reduce(self.loss.detach().double().flatten(), "mean"), one),
-            "kl": (self.kl.double(), one),
-        }
+        means = {"loss": loss, "kl": (self.kl.double(), one)}
 
         def add(name: str, values: Tensor, counts: Tensor, mask: Tensor) -> None:
             means[name] = (torch.where(mask, values.double(), 0.0).sum(), torch.where(mask, counts, 0).sum())
@@ -74,8 +85,8 @@ class KTOOutput:
                 for side, mask in classes.items():
                     add(f"logits/{side}", sums, tokens, mask)
         sums, counts = (torch.stack([pair[k].double() for pair in means.values()]) for k in (0, 1))
-        pairs = zip(means, *torch.stack([sums, counts]).tolist(), strict=True)
-        metrics = {name: total / count for name, total, count in pairs if count > 0}
+        pairs = zip(means, *sum_over_ranks(torch.stack([sums, counts]), group).tolist(), strict=True)
+        metrics = {"loss": 0.0} | {name: total / count for name, total, count in pairs if count > 0}
         if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         return metrics

@@ -142,7 +142,12 @@ def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def sequence_logps(logps: Tensor, scored: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """`S_i = Σ_{n∈i} ℓ_n` in fp64; the mean over the tokens of the mask `scored` where one is given."""
     total = per_sequence(logps, cu_seqlens)
-    return total if scored is None else total / per_sequence(scored, cu_seqlens).clamp(min=1)
+    return total if scored is None else mean_logps(total, per_sequence(scored, cu_seqlens))
+
+
+def mean_logps(total: Tensor, count: Tensor) -> Tensor:
+    """`S_i` as a mean: 0 where nothing is scored."""
+    return total / count.clamp(min=1)
 
 
 # Stage 3 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,9 +155,19 @@ def sequence_logps(logps: Tensor, scored: Tensor | None = None, cu_seqlens: Tens
 
 def kl_reference_point(kl_logps: Tensor, ref_kl_logps: Tensor | None = None) -> Tensor:
     """`z0 = max(0, Σ_j (S^π_j − S^ref_j) / K)` over K mismatched completions; 0 where K = 0. No gradient."""
+    return kl_mean(kl_sum(kl_logps, ref_kl_logps), kl_logps.numel())
+
+
+def kl_sum(kl_logps: Tensor, ref_kl_logps: Tensor | None = None) -> Tensor:
+    """`Σ_j (S^π_j − S^ref_j)` in fp64, without gradient."""
     kl_logps = kl_logps.detach().double()
     ref = torch.zeros_like(kl_logps) if ref_kl_logps is None else ref_kl_logps.detach().double()
-    return (difference(kl_logps, ref).sum() / max(1, kl_logps.numel())).clamp(min=0)
+    return difference(kl_logps, ref).sum()
+
+
+def kl_mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """z0 of a sum and its count, which may be those of several ranks."""
+    return (total / (count.clamp(min=1) if isinstance(count, Tensor) else max(1, count))).clamp(min=0)
 
 
 # Stages 4 and 5 ───────────────────────────────────────────────────────────────────────────────────────────────────────

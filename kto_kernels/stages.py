@@ -5,12 +5,14 @@ token_logps, linear_token_logps → sequence_logps → kl_reference_point → va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, linear_ops, ops, reference
+from .distributed import Ranks, sum_over_ranks
 from .output import KTOOutput
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
@@ -25,6 +27,7 @@ def token_logps(
     ignore_index: int = -100,
     temperature: float = 1.0,
     inplace_backward: bool = False,
+    vocab_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
     """Stage 1, the seam: `ℓ_n = log softmax(logits_n / temperature)[label_n]`, differentiable, in nats.
@@ -37,15 +40,17 @@ def token_logps(
 
     Raises: as `kto_loss`.
     """
-    checks.scoring(shift, ignore_index, temperature, backend)
-    checks.rows(logits, labels, None, packed=False)
-    checks.flag("inplace_backward", inplace_backward)
-    if inplace_backward:
-        checks.in_place(logits)
-    logps, _ = ops.token_logps(
-        logits, labels, None, shift, ignore_index, 1.0, None, float(temperature), inplace_backward, backend
+    ranks = Ranks.of(vocab_group=vocab_group, shift=shift, ignore_index=ignore_index, temperature=temperature)
+    with ranks.checks(logits):
+        checks.scoring(shift, ignore_index, temperature, backend)
+        checks.rows(logits, labels, None, packed=False)
+        checks.flag("inplace_backward", inplace_backward)
+        if inplace_backward:
+            checks.in_place(logits)
+    shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, dtype=logits.dtype)
+    return logits_scores(
+        logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
     )
-    return logps
 
 
 def linear_token_logps(
@@ -60,6 +65,7 @@ def linear_token_logps(
     softcap: float | None = None,
     temperature: float = 1.0,
     max_logits_bytes: int | None = None,
+    vocab_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
     """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in all three, without
@@ -76,15 +82,40 @@ def linear_token_logps(
 
     Raises: as `linear_kto_loss`.
     """
-    checks.scoring(shift, ignore_index, temperature, backend)
-    checks.head_scale(logit_scale, softcap, max_logits_bytes)
-    checks.head(hidden, weight, bias)
-    checks.hidden_rows(hidden, labels, None, packed=False)
+    ranks = Ranks.of(
+        vocab_group=vocab_group,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+    )
+    with ranks.checks(hidden):
+        checks.scoring(shift, ignore_index, temperature, backend)
+        checks.head_scale(logit_scale, softcap, max_logits_bytes)
+        checks.head(hidden, weight, bias)
+        checks.hidden_rows(hidden, labels, None, packed=False)
+    shard = ranks.agree(labels, None, weight.shape[0], ignore_index, dtype=gemm_dtype(hidden, weight))
     logps, *_ = linear_scores(
         hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
-        max_logits_bytes, (), backend
+        max_logits_bytes, (), backend, shard=shard
     )  # fmt: skip
     return logps
+
+
+def logits_scores(logits, labels, cu_seqlens, scoring, inplace_backward, backend, shard=None) -> Tensor:
+    """The operator behind `token_logps`, of checked arguments."""
+    not_yet("vocab_group", shard)
+    shift, ignore_index, temperature = scoring
+    logps, _ = ops.token_logps(
+        logits, labels, cu_seqlens, shift, ignore_index, 1.0, None, temperature, inplace_backward, backend
+    )
+    return logps
+
+
+def not_yet(name: str, value: object) -> None:
+    if value is not None:
+        raise NotImplementedError(name)
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -101,10 +132,12 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def linear_scores(
-    hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix="", dtype=None
-):
+    hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix="", dtype=None,
+    shard=None,
+):  # fmt: skip
     """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
     three empty where `outputs` has no such name."""
+    not_yet("vocab_group", shard)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     shift, ignore_index, logit_scale, softcap, temperature = scoring
     logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
@@ -137,6 +170,7 @@ def sequence_logps(
     average_log_prob: bool = False,
     ignore_index: int = -100,
     shift: bool = False,
+    context_group: Any = None,
 ) -> Tensor:
     """Stage 2: the sum over each sequence of its token log-probabilities, or their mean over scored tokens.
 
@@ -144,6 +178,7 @@ def sequence_logps(
         logps: (B, T), or packed (N,) with `cu_seqlens`; floating, 0 where nothing is scored (as `token_logps` gives).
         labels: needed for `average_log_prob`, which counts the labels that are not `ignore_index` (and, with `shift`,
             are some position's next).
+        context_group: each rank has some of every sequence's tokens; the sums are over all of them.
 
     Returns:
         (B,) fp64, differentiable: long sequences lose digits in fp32 that the difference to the reference needs.
@@ -151,24 +186,39 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    checks.tensor("logps", logps, checks.FLOATS)
-    checks.flag("average_log_prob", average_log_prob)
-    checks.flag("shift", shift)
-    checks.integer("ignore_index", ignore_index)
-    if logps.dim() != (2 if cu_seqlens is None else 1):
-        raise ValueError(f"logps: expected (B, T), or (N,) with cu_seqlens; got shape {tuple(logps.shape)}")
-    if cu_seqlens is not None:
-        checks.offsets("cu_seqlens", cu_seqlens, logps)
-        checks.offset_values("cu_seqlens", cu_seqlens, logps.shape[0])
-    scored = None
-    if labels is not None:
-        checks.tensor("labels", labels, checks.INTEGERS, logps)
-        checks.shape("labels", labels, tuple(logps.shape), "as logps")
-    if average_log_prob:
-        if labels is None:
+    ranks = Ranks.of(context_group=context_group, average_log_prob=average_log_prob)
+    with ranks.checks(logps):
+        checks.tensor("logps", logps, checks.FLOATS)
+        checks.flag("average_log_prob", average_log_prob)
+        checks.flag("shift", shift)
+        checks.integer("ignore_index", ignore_index)
+        if logps.dim() != (2 if cu_seqlens is None else 1):
+            raise ValueError(f"logps: expected (B, T), or (N,) with cu_seqlens; got shape {tuple(logps.shape)}")
+        if cu_seqlens is not None:
+            checks.offsets("cu_seqlens", cu_seqlens, logps)
+            checks.offset_values("cu_seqlens", cu_seqlens, logps.shape[0])
+        if labels is not None:
+            checks.tensor("labels", labels, checks.INTEGERS, logps)
+            checks.shape("labels", labels, tuple(logps.shape), "as logps")
+        if average_log_prob and labels is None:
             raise ValueError("labels: needed with average_log_prob=True, to count the scored tokens")
+        checks.unshifted(shift, ranks.context)
+    if ranks:
+        ranks.agree_on(logps.device, sequences=len(logps) if cu_seqlens is None else len(cu_seqlens) - 1)
+    scored = None
+    if average_log_prob:
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
-    return reference.sequence_logps(logps, scored, cu_seqlens)
+    return sequence_sums(logps, scored, cu_seqlens, ranks)
+
+
+def sequence_sums(logps: Tensor, scored: Tensor | None, cu_seqlens: Tensor | None, ranks: Ranks) -> Tensor:
+    """Stage 2 over the ranks of the context group: one all-reduce of the sums, and of the counts of scored tokens where
+    they are divided by those."""
+    if ranks.context is None:
+        return reference.sequence_logps(logps, scored, cu_seqlens)
+    parts = [reference.per_sequence(values, cu_seqlens) for values in (logps, scored) if values is not None]
+    total, *count = sum_over_ranks(torch.stack(parts), ranks.context)
+    return reference.mean_logps(total, *count) if count else total
 
 
 def kl_reference_point(
@@ -179,16 +229,19 @@ def kl_reference_point(
 ) -> Tensor:
     """Stage 3: `z0 = max(0, mean_j(S^π_j − S^ref_j))` over mismatched completions, in nats; () fp64, no gradient.
 
-    Without `ref_kl_logps` the reference counts as 0. An empty batch gives 0.
+    Without `ref_kl_logps` the reference counts as 0. An empty batch gives 0. With a `process_group` (a ProcessGroup, or
+    a one-dimensional DeviceMesh) j runs over the completions of all its ranks: their sums and counts are added before
+    the division and the clamp, by one all-reduce.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
-        NotImplementedError: `process_group` is given.
+        RuntimeError: another rank's arguments are not; or torch.distributed is not initialised.
     """
-    _no_process_group(process_group)
-    checks.tensor("kl_logps", kl_logps, checks.FLOATS)
-    checks.kl_pair(kl_logps, ref_kl_logps, None, kl_logps)
-    return reference.kl_reference_point(kl_logps, ref_kl_logps)
+    ranks = Ranks.of(process_group=process_group)
+    with ranks.checks(kl_logps):
+        checks.tensor("kl_logps", kl_logps, checks.FLOATS)
+        checks.kl_pair(kl_logps, ref_kl_logps, None, kl_logps)
+    return ranks.start_kl(kl_logps, ref_kl_logps, kl_logps)()
 
 
 def kto_loss_from_logps(
@@ -210,37 +263,74 @@ def kto_loss_from_logps(
 
     Args and errors as for `kto_loss`; `logps` is (B,) floating, and the loss has its dtype (at least fp32).
     """
-    checks.tensor("logps", logps, checks.FLOATS)
-    if logps.dim() != 1:
-        raise ValueError(f"logps: expected shape (B,), got {tuple(logps.shape)}")
-    beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group)
-    checks.desirable(desirable, logps.shape[0], logps)
-    if ref_logps is not None:
-        checks.sequences("ref_logps", ref_logps, logps.shape[0], "one per sequence", logps)
-    checks.kl_pair(kl_logps, ref_kl_logps, None, logps)
-    checks.kl_source(
-        loss_type,
-        kl,
-        logps,
-        has_reference=ref_logps is not None,
-        has_kl=kl_logps is not None,
-        has_ref_kl=ref_kl_logps is not None,
+    ranks = Ranks.of(
+        process_group=process_group,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+        reduction=reduction,
     )
-    z0 = reference_point(kl, kl_logps, ref_kl_logps, logps.device)
+    with ranks.checks(logps):
+        checks.tensor("logps", logps, checks.FLOATS)
+        if logps.dim() != 1:
+            raise ValueError(f"logps: expected shape (B,), got {tuple(logps.shape)}")
+        beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
+        checks.desirable(desirable, logps.shape[0], logps)
+        if ref_logps is not None:
+            checks.sequences("ref_logps", ref_logps, logps.shape[0], "one per sequence", logps)
+        checks.kl_pair(kl_logps, ref_kl_logps, None, logps)
+        checks.kl_source(
+            loss_type,
+            kl,
+            logps,
+            has_reference=ref_logps is not None,
+            has_kl=kl_logps is not None,
+            has_ref_kl=ref_kl_logps is not None,
+        )
+    z0 = reference_point(kl, kl_logps, ref_kl_logps, logps, ranks)()
     return loss_output(
         logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, reference.compute_dtype(logps.dtype)
     )
 
 
+def before_policy(
+    kl_pass: Callable[[], Tensor] | None,
+    ref_kl_pass: Callable[[], Tensor] | None,
+    ref_pass: Callable[[], Tensor] | None,
+    given: tuple,
+    like: Tensor,
+    ranks: Ranks,
+) -> tuple[Callable[[], Tensor], Tensor | None]:
+    """What the policy's coefficients need, in an order that hides the reduction of z0 behind the reference's pass. Each
+    pass computes sequence log-probabilities that are not among the given (kl, kl_logps, ref_kl_logps, ref_logps).
+
+    Returns: what gives z0, and ref_logps (B,).
+    """
+    kl, kl_logps, ref_kl_logps, ref_logps = given
+    with torch.no_grad():
+        kl_logps = kl_logps if kl_pass is None else kl_pass()
+        ref_kl_logps = ref_kl_logps if ref_kl_pass is None else ref_kl_pass()
+        z0 = reference_point(kl, kl_logps, ref_kl_logps, like, ranks)
+        return z0, ref_logps if ref_pass is None else ref_pass()
+
+
 def reference_point(
-    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, device: torch.device
-) -> Tensor:
-    """z0 () fp64 from whichever KL source there is; 0 where there is none."""
-    if kl_logps is not None:
-        return reference.kl_reference_point(kl_logps, ref_kl_logps)
-    if isinstance(kl, Tensor):
-        return kl.detach().double().clamp(min=0)
-    return torch.full((), max(0.0, 0.0 if kl is None else float(kl)), dtype=torch.float64, device=device)
+    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor, ranks: Ranks
+) -> Callable[[], Tensor]:
+    """Starts stage 3 on whichever KL source there is; what is returned gives z0 () fp64, 0 where there is none. A number
+    is taken as it is: it does not say of how many completions it is the mean."""
+    finish = ranks.start_kl(kl_logps, ref_kl_logps, like)
+    if kl is None:
+        return finish
+
+    def given() -> Tensor:
+        finish()
+        if isinstance(kl, Tensor):
+            return kl.detach().double().clamp(min=0)
+        return torch.full((), max(0.0, float(kl)), dtype=torch.float64, device=like.device)
+
+    return given
 
 
 def loss_output(
@@ -267,6 +357,7 @@ def loss_output(
         rewards=(beta * r.detach()).to(dtype),
         kl=z0.to(dtype),
         desirable=desirable,
+        reduction=reduction,
         **more,
     )
 
@@ -274,21 +365,12 @@ def loss_output(
 # Options that the losses share ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction, process_group):
+def loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction):
     """Checks the options of the stages after the seam; returns β, λ_D, λ_U as floats."""
     checks.choice("loss_type", loss_type, LOSS_TYPES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    _no_process_group(process_group)
     return (
         checks.number("beta", beta, positive=True),
         checks.number("desirable_weight", desirable_weight, positive=False),
         checks.number("undesirable_weight", undesirable_weight, positive=False),
     )
-
-
-def _no_process_group(process_group: Any) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: reducing the KL estimate over ranks is not supported yet; all-reduce the sum and count of "
-            "the mismatched completions' log-ratios yourself and pass kl=max(0, sum / count)"
-        )

@@ -70,7 +70,7 @@ TABLE = {
     "beta 0": ({"beta": 0}, ValueError, "beta: expected a finite number > 0"),
     "reduction": ({"reduction": "batchmean"}, ValueError, "reduction: expected one of"),
     "backend": ({"backend": "tpu"}, ValueError, "backend: expected one of"),
-    "process group": ({"process_group": object()}, NotImplementedError, "process_group"),
+    "process group": ({"process_group": object()}, TypeError, "process_group"),
 }  # fmt: skip
 
 

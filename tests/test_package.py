@@ -87,6 +87,8 @@ def test_signatures_of_the_contract(name):
         "temperature": 1.0,
         "inplace_backward": False,
         "process_group": None,
+        "vocab_group": None,
+        "context_group": None,
         "backend": "auto",
     }
     for option, default in expected.items():

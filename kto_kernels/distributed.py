@@ -1,0 +1,300 @@
+"""Losses over more than one device, on torch.distributed. One call may know three groups of ranks:
+
+    process_group   data parallel: each rank has sequences of its own; z0 is that of all of them
+    vocab_group     vocabulary (tensor) parallel: each rank has some columns of the logits, all have the same rows
+    context_group   context parallel: each rank has some tokens of every sequence
+
+Every rank of a group calls with the same options. A rank that fails its checks tells the others before it raises, so
+that they raise too instead of waiting for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checks, reference
+
+_DIGEST = (1 << 20) - 1  # squares of digests, summed over thousands of ranks, are exact in fp64
+
+
+# Groups ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
+    """The ProcessGroup behind a group or a one-dimensional DeviceMesh; None for None, and for a group of one rank, which
+    has nothing to exchange.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it is neither, the mesh has several dimensions, this rank is not of the
+            group, or torch.distributed is not initialised.
+    """
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(
+        group, (dist.ProcessGroup, dist.DeviceMesh, type(dist.GroupMember.NON_GROUP_MEMBER))
+    ):
+        raise TypeError(f"{name}: expected a torch.distributed ProcessGroup or DeviceMesh, got {type(group).__name__}")
+    if not dist.is_initialized():
+        raise RuntimeError(f"{name}: torch.distributed is not initialised; call torch.distributed.init_process_group")
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{name}: expected a DeviceMesh of one dimension, got {group.ndim} {group.mesh_dim_names}; pass one of "
+                "them, as mesh['tp']"
+            )
+        group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise ValueError(f"{name}: this rank ({dist.get_rank()}) is not of the group")
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _devices(group: dist.ProcessGroup) -> dict[str, str]:
+    """Device type → backend."""
+    return dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the logits this rank has: [offset, offset + its own) of `vocab`."""
+
+    group: dist.ProcessGroup
+    offset: int
+    vocab: int
+
+
+@dataclass
+class Ranks:
+    """The groups of one call, each None where there is nothing to exchange, and what their ranks agree on."""
+
+    vocab: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
+    process: dist.ProcessGroup | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, *, process_group: Any = None, vocab_group: Any = None, context_group: Any = None, **options: Any
+    ) -> Ranks:
+        """`options` are those of the call that every rank of any group must share."""
+        return cls(
+            resolve("vocab_group", vocab_group),
+            resolve("context_group", context_group),
+            resolve("process_group", process_group),
+            {name: str(value) for name, value in options.items()},
+        )
+
+    def __bool__(self) -> bool:
+        return any(group is not None for group in self._named().values())
+
+    def _named(self) -> dict[str, dist.ProcessGroup | None]:
+        return {"vocab_group": self.vocab, "context_group": self.context, "process_group": self.process}
+
+    # Agreement: no rank waits for one that failed ─────────────────────────────────────────────────────────────────────
+
+    @contextlib.contextmanager
+    def checks(self, like: object) -> Iterator[None]:
+        """Around the checks of a call: when they raise on this rank, the others raise too. `like` has the call's
+        device, if it is a tensor at all."""
+        device = like.device if isinstance(like, Tensor) else None
+        with self._telling(device):
+            for name, group in self._named().items():
+                if group is not None and device is not None and device.type not in _devices(group):
+                    raise ValueError(
+                        f"{name}: its backends {_devices(group)} have none for tensors on {device}; "
+                        "torch.distributed.new_group(backend=...) makes one that has"
+                    )
+            yield
+
+    @contextlib.contextmanager
+    def _telling(self, device: torch.device | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._tell_failure(device)
+            raise
+
+    def _tell_failure(self, device: torch.device | None) -> None:
+        """Takes part, as failed, in the exchange that each group's other ranks begin with."""
+        for name, group in self._named().items():
+            if group is None:
+                continue
+            kinds = _devices(group)
+            kind = device.type if device is not None and device.type in kinds else next(iter(kinds))
+            if name == "process_group":
+                dist.all_reduce(_kl_message(torch.zeros((), device=kind), 0, {}, failed=True), group=group)
+            else:
+                _gather(_header(kind, failed=True), group)
+
+    def agree(
+        self, labels: Tensor, kl_labels: Tensor | None, columns: int, ignore_index: int, **layout: Any
+    ) -> VocabShard | None:
+        """Compares options and layout within the vocabulary and the context group, and checks that the labels are in
+        the vocabulary of all ranks. With such a group it waits for the device.
+
+        Returns:
+            With a vocabulary group, where this rank's `columns` of the logits are.
+
+        Raises:
+            ValueError: a label is outside the vocabulary (seen on the CPU only).
+            RuntimeError: on every rank, where another one's checks failed or what it was given is not what the others
+                were: options, layout, and in a vocabulary group the labels.
+        """
+        if not self:
+            return None
+        everything = [labels.flatten(), *([] if kl_labels is None else [kl_labels.flatten()])]
+        shapes = [tuple(labels.shape), None if kl_labels is None else tuple(kl_labels.shape)]
+        shard = None
+        if self.vocab is not None:
+            same = self._same(layout | {"shapes of labels and kl_labels": shapes})
+            header = _header(labels.device, same, columns, torch.cat(everything))
+            with Ranks(context=self.context, process=self.process)._telling(labels.device):
+                sizes = _compare("vocab_group", self.vocab, header, same)
+            mine = dist.get_rank(self.vocab)
+            shard = VocabShard(self.vocab, sum(sizes[:mine]), sum(sizes))
+            columns = shard.vocab
+        with Ranks(context=self.context, process=self.process)._telling(labels.device):
+            checks.label_values(labels, columns, ignore_index)
+            if kl_labels is not None:
+                checks.label_values(kl_labels, columns, ignore_index, "kl_")
+        self.agree_on(labels.device, **layout)
+        return shard
+
+    def agree_on(self, device: torch.device, **layout: Any) -> None:
+        """The context group's part of `agree`."""
+        if self.context is not None:
+            same = self._same(layout)
+            with Ranks(process=self.process)._telling(device):
+                _compare("context_group", self.context, _header(device, same), same)
+
+    def _same(self, layout: dict[str, Any]) -> dict[str, str]:
+        return self.options | {name: str(value) for name, value in layout.items()}
+
+    # The reference point ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start_kl(self, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor) -> Callable[[], Tensor]:
+        """Stage 3 over the ranks of the data-parallel group: one all-reduce of the sum and the count of mismatched
+        completions, under way while the caller goes on. What is returned waits for it and gives z0 () fp64.
+
+        Without a group nothing is exchanged. Without `kl_logps` the ranks only compare their options.
+        """
+        count = 0 if kl_logps is None else kl_logps.numel()
+        if kl_logps is None:
+            total = torch.zeros((), dtype=torch.float64, device=like.device)
+        else:
+            total = reference.kl_sum(kl_logps, ref_kl_logps)
+        group, options = self.process, self.options
+        if group is None:
+            return lambda: reference.kl_mean(total, count)
+        message = _kl_message(total, count, options)
+        work = dist.all_reduce(message, group=group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            _check_kl_message(message, group, options)
+            return reference.kl_mean(message[0], message[1])
+
+        return finish
+
+
+# What they exchange ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _digest(same: dict[str, str]) -> int:
+    return zlib.crc32(repr(sorted(same.items())).encode()) & _DIGEST
+
+
+def _header(
+    device: torch.device | str, same: dict | None = None, columns: int = 0, labels: Tensor | None = None, failed=False
+) -> Tensor:  # (4,)
+    header = torch.tensor([failed, _digest(same or {}), columns, 0], dtype=torch.int64, device=device)
+    if labels is not None:
+        places = torch.arange(1, labels.numel() + 1, device=device)
+        header[3] = (labels.flatten() * places).sum()  # a checksum: labels of another batch would pass unseen
+    return header
+
+
+def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's (...) values as (ranks, ...)."""
+    out = values.new_empty(dist.get_world_size(group), *values.shape)
+    dist.all_gather(list(out.unbind()), values, group=group)
+    return out
+
+
+def _compare(name: str, group: dist.ProcessGroup, header: Tensor, same: dict[str, str]) -> list[int]:
+    """Each rank's columns, if all agree."""
+    headers = _gather(header, group).tolist()
+    failed = [rank for rank, (bad, *_) in enumerate(headers) if bad]
+    if failed:
+        raise RuntimeError(f"{name}: the checks of rank {failed} of the group failed; their own errors say why")
+    if len({digest for _, digest, *_ in headers}) > 1:
+        raise RuntimeError(_difference(name, group, same))
+    if len({checksum for *_, checksum in headers}) > 1:
+        raise RuntimeError(f"{name}: expected the same labels on every rank of the group, got different ones")
+    return [columns for _, _, columns, _ in headers]
+
+
+def _difference(name: str, group: dist.ProcessGroup, same: dict[str, str]) -> str:
+    """Which options differ; every rank of the group asks."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, same, group=group)
+    different = {
+        option: [theirs.get(option) for theirs in everyone]
+        for option in sorted({option for theirs in everyone for option in theirs})
+        if len({theirs.get(option) for theirs in everyone}) > 1
+    }
+    said = "; ".join(f"{option} is {', '.join(map(str, values))}" for option, values in different.items())
+    return (
+        f"{name}: the ranks of the group disagree: {said or 'one of them is in another call'} (in the order of ranks)"
+    )
+
+
+def _kl_message(total: Tensor, count: int, options: dict[str, str], failed: bool = False) -> Tensor:
+    """(5,) fp64 to be summed over the ranks. Digests d are equal where the sum of d² is as small as that of d allows."""
+    digest = _digest(options)
+    message = torch.tensor([0, count, digest, digest**2, failed], dtype=torch.float64, device=total.device)
+    message[0] = total
+    return message
+
+
+def _check_kl_message(message: Tensor, group: dist.ProcessGroup, options: dict[str, str]) -> None:
+    ranks, digest = dist.get_world_size(group), _digest(options)
+    if message.device.type != "cpu":  # without waiting for the device, which raises by itself
+        right = (message[4] == 0) & (message[2] == ranks * digest) & (message[3] == ranks * digest**2)
+        torch._assert_async(right, "process_group: the ranks disagree on options, or the checks of one failed")
+        return
+    _, _, digests, squares, failed = message.tolist()
+    if failed:
+        raise RuntimeError("process_group: the checks of another rank failed; its own error says why")
+    if (digests, squares) != (ranks * digest, ranks * digest**2):
+        raise RuntimeError(_difference("process_group", group, options))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank forms the same loss of the sum: its own part's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The all-reduced sum, through which each rank's gradient reaches its own values; without a group, the values."""
+    return values if group is None else _SumOverRanks.apply(values, group)
