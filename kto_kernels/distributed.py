@@ -92,7 +92,7 @@ class Ranks:
             resolve("vocab_group", vocab_group),
             resolve("context_group", context_group),
             resolve("process_group", process_group),
-            {name: str(value) for name, value in options.items()},
+            options,
         )
 
     def __bool__(self) -> bool:
@@ -179,7 +179,7 @@ class Ranks:
                 _compare("context_group", self.context, _header(device, same), same)
 
     def _same(self, layout: dict[str, Any]) -> dict[str, str]:
-        return self.options | {name: str(value) for name, value in layout.items()}
+        return {name: _said(value) for name, value in (self.options | layout).items()}
 
     # The reference point ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,9 +194,10 @@ class Ranks:
             total = torch.zeros((), dtype=torch.float64, device=like.device)
         else:
             total = reference.kl_sum(kl_logps, ref_kl_logps)
-        group, options = self.process, self.options
+        group = self.process
         if group is None:
             return lambda: reference.kl_mean(total, count)
+        options = self._same({})
         message = _kl_message(total, count, options)
         work = dist.all_reduce(message, group=group, async_op=True)
 
@@ -209,6 +210,11 @@ class Ranks:
 
 
 # What they exchange ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _said(value: Any) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(float(value) if number else value)  # 1 is no other option than 1.0
 
 
 def _digest(same: dict[str, str]) -> int:

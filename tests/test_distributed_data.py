@@ -151,6 +151,19 @@ def test_ranks_that_disagree(option, values, said):
         assert message.startswith("process_group: the ranks of the group disagree") and said in message
 
 
+def alike(rank):
+    values = torch.tensor([1.0 + rank]), torch.zeros(1)
+    out = kto_loss_from_logps(
+        torch.zeros(1), torch.ones(1).bool(), ref_logps=torch.zeros(1), kl_logps=values[0], ref_kl_logps=values[1],
+        beta=1 if rank else 1.0, process_group=dist.group.WORLD
+    )  # fmt: skip
+    return out.kl.item()
+
+
+def test_equal_numbers_of_another_type_agree():
+    assert pool().run(alike) == [2.5] * 4
+
+
 def one_fails(rank, change):
     given = positive_kl(arguments(PROBLEMS["log-probabilities of mismatched completions"]()))
     if rank == 2:
