@@ -135,6 +135,27 @@ def test_minus_infinity_is_an_ordinary_logit(dtype, place):
     assert grad[0].abs().sum() > 0.1 and grad[5].abs().sum() > 0.1
 
 
+@kernel_places
+@dtypes
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_masks_of_the_lowest_finite_number(temperature, dtype, place):
+    """As many models mask. Divided by the temperature it may be more than fp32 holds; that is one token far away from
+    the others, or −inf as the label's log-probability, and NaN nowhere."""
+    backend, device = place
+    low = torch.finfo(dtype).min
+    logits = torch.randn(8, 40)
+    logits[0, :20] = logits[1, 20:] = logits[2, 3] = logits[4, 3] = low
+    logits[3], logits[5, 1:] = low, -1e30 if low < -1e30 else low
+    logits[6, ::2], logits[6, 1::2] = -1e30 if low < -1e30 else low, low / 2
+    logits[7, :4] = low / 3
+    labels = torch.tensor([30, 3, 5, 3, 3, 0, 2, 3], device=device)
+    logits = logits.to(device, dtype)
+    logps, grad = logps_and_grad(logits, labels, backend, temperature=temperature)
+    true_logps, true_grad = exact(logits, labels, temperature=temperature)
+    torch.testing.assert_close(logps, true_logps.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, true_grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @places
 @pytest.mark.parametrize("good", [True, False])
 def test_an_impossible_label_saturates_its_sequence(good, place):

@@ -33,7 +33,8 @@ template <bool kByProducts>
 struct Running {
   const float outer;
   Partial<double> partial = {-INFINITY, 0.0};
-  Floats reference = {};            // partial.reference, or 0 while that is -inf
+  float highest_u = -INFINITY;      // partial.reference / outer: exact, where z would be rounded
+  Floats origin = {};               // highest_u, or 0 while that is -inf
   Floats limit = splat(-INFINITY);  // a u above it moves the reference
 
   double weighted = 0.0;              // sum of exp(z - reference) (z - reference)
@@ -52,11 +53,11 @@ struct Running {
   // Joins the lanes and returns fresh ones.
   Lanes raise(Floats u, Lanes lanes) {
     join(lanes);
-    const float highest_u = reduce_max(u);
-    const double raised = highest_u * outer;
+    highest_u = reduce_max(u);
+    const double raised = double(highest_u) * outer;
     if constexpr (kByProducts) weighted = weighted_at(raised, partial, weighted);
     partial = {raised, partial.sum * decay(partial.reference, raised)};
-    reference = splat(float(raised));
+    origin = splat(highest_u);
     limit = splat(highest_u + kLag / outer);
     return {};
   }
@@ -79,7 +80,7 @@ void accumulate(const T* x, int64_t n, const Scale& scale, Running<kByProducts>&
       if (any(maxima > running.limit)) lanes = running.raise(maxima, lanes);
       Floats weighted[kUnroll];
       for (int k = 0; k < kUnroll; ++k) {
-        const Floats gap = u[k] * running.outer - running.reference;
+        const Floats gap = (u[k] - running.origin) * running.outer;
         const Floats e = exp(gap);
         lanes.sums[k] += e;
         weighted[k] = e * finite_exponent(gap);  // 0 for a gap of -inf
@@ -99,7 +100,7 @@ void accumulate(const T* x, int64_t n, const Scale& scale, Running<kByProducts>&
       }
       for (int64_t k = count; k < kLanes; ++k) u[k] = -INFINITY;  // a softcap made them finite
       if (any(u > running.limit)) lanes = running.raise(u, lanes);
-      const Floats gap = u * running.outer - running.reference;
+      const Floats gap = (u - running.origin) * running.outer;
       const Floats e = exp(gap);
       lanes.sums[0] += e;
       if constexpr (kByProducts) lanes.weighted += e * finite_exponent(gap);
@@ -121,12 +122,11 @@ RowScores score_row(const T* x, int64_t vocab, int64_t label, const Scale& scale
   const float before = reduce_max(running.highest);
   accumulate<T, kSoftcap>(x + label + 1, vocab - label - 1, scale, running);
   const Floats x_y = splat(load_one(x + label));
-  const double u = unit<kSoftcap>(x_y, scale)[0], y = u * scale.outer;
-  // The reference must be an fp32 number for the backward, and at least the label's.
-  const double label_reference = float(y);
-  const Partial<double> others = running.partial,
-                        all = merge(others, {label_reference, decay(y, label_reference)});
-  RowScores scores{float(label_logp(others, y)), float(all.reference), float(all.sum), 0, 0, false};
+  const float u = unit<kSoftcap>(x_y, scale)[0];
+  const double y = double(u) * scale.outer;
+  const Partial<double> others = running.partial, all = merge(others, {y, decay(y, y)});
+  const float reference = u > running.highest_u ? u : running.highest_u;
+  RowScores scores{float(label_logp(others, y)), reference, float(all.sum), 0, 0, false};
   if constexpr (kByProducts) {
     const double weighted = weighted_at(all.reference, others, running.weighted) +
                             weighted_at(all.reference, {y, 1.0}, 0.0);
@@ -170,7 +170,7 @@ void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, flo
   }
   const auto gradient = [&](Floats x_v) {
     const Floats u = unit<kSoftcap>(x_v, scale);
-    const Floats p = exp(u * scale.outer - origin) * factor;
+    const Floats p = exp((u - origin) * scale.outer) * factor;
     if constexpr (kSoftcap) return p * (1.0f - u * u);
     return p;
   };

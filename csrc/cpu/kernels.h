@@ -5,8 +5,8 @@
 
 namespace kto {
 
-// Per-row outputs of the forward. sum is that of exp(z - reference) over the whole row; it and the
-// reference feed the backward.
+// Per-row outputs of the forward. sum is that of exp(z - outer * reference) over the whole row; it
+// and the reference, a u = z / outer near the highest, feed the backward.
 struct RowOutputs {
   float* logps;
   float* reference;
