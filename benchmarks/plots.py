@@ -164,8 +164,8 @@ def reason(why: str) -> str:
 
 
 def has_failed(why: str | None) -> bool:
-    """A peer that is not installed, or knows no such case, has not failed at a size: the tables name it."""
-    return why is not None and not why.startswith("absent")
+    """A peer that is not installed, knows no such case or was not chosen has not failed at a size: the tables name it."""
+    return why is not None and not re.match("absent|not run: not among", why)
 
 
 def shape_of(case: dict, *but: str) -> str:
@@ -541,7 +541,7 @@ def memory_of_models(result: dict, head: str, cases: list[dict]) -> Figure:
         for case in cases
     ]
     picture, names = bar_picture(
-        f"Peak memory of the loss from hidden states, {head} head of real models",
+        f"Peak memory of the loss from hidden states, {head} head, by shape",
         "Above the inputs, forward and backward. Dashed: what the plan says of ours.",
         result,
         cases,
@@ -619,7 +619,7 @@ def step_pictures(result: dict) -> dict[str, Figure]:
     for axes, case, stack in zip(picture.panels, cases, stacks):
         axes.set(title=f"head: {case['head']}", ylim=(len(stack) - 0.5, -0.5), xlim=(0, longest))
         axes.set_yticks(range(len(stack)), list(stack))
-        axes.xaxis.set(visible=axes is picture.panels[-1], major_formatter=FuncFormatter(duration))
+        axes.xaxis.set(visible=axes is picture.panels[-1], major_formatter=FuncFormatter(lambda s, _: f"{s:g} s"))
         axes.spines.bottom.set_visible(axes is picture.panels[-1])
         for row, (variant, timed) in enumerate(stack.items()):
             axes.get_yticklabels()[row].set(**look(variant).text)
