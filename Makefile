@@ -25,7 +25,10 @@ demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ and the README's tables
 	$(BIN)/python -m benchmarks logits
 	$(BIN)/python -m benchmarks linear
+	$(BIN)/python -m benchmarks longcontext
 	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks ceilings
 	$(BIN)/python -m benchmarks report
 
 report: $(VENV)/test.stamp  ## fail where README and results differ

@@ -3,124 +3,154 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from . import inspect, linear, logits, peers, report, step
-from .environment import ROOT, describe
-from .measure import DTYPES, in_fresh_process
+from . import inspect, linear, logits, longcontext, memory, report, step
+from .session import Session, console, jobs, settle
+from .shapes import NAMES, Shape
 
-RESULTS = ROOT / "benchmarks" / "results"
-NARROW = (2**20, 8)  # a shape whose O(N) memory is seen beside the rest
-console = Console(width=140)
+NARROW = Shape(2**20, 0, 8)  # a shape whose O(N) memory is seen beside the rest
+NOT_CHOSEN = "not run: not among the default peers of this shape (--peers all)"
 
 
-def shapes(args: argparse.Namespace) -> list[tuple]:
-    if args.quick:
-        return [args.benchmark.QUICK]
-    return [tuple(args.shape)] if args.shape else args.benchmark.SHAPES[args.device]
+def run_ceilings(args: argparse.Namespace) -> None:
+    finish(Session("ceilings", args))
 
 
 def run_logits(args: argparse.Namespace) -> None:
-    result, path = measure_cases(args, shapes(args))
-    if not args.quick:
-        inplace = f"kto_loss, {peers.backends(args.device)[0]}, {logits.INPLACE}"
-        size = memory(logits, inplace, ("fp32", *NARROW), args.device)
-        result["in-place bytes per token"] = {"N": NARROW[0], "V": NARROW[1], "bytes": size}
-    finish(result, path, [(report.provenance(result), report.logits_table(result))], report.notes(result))
+    session = Session("logits", args)
+    inplace = [f"kto_loss, {backend}, {logits.INPLACE}" for backend in args.backend[:1]]
+    with session.progress:
+        if inplace and not (args.quick or args.shapes):
+            size = logits.memory(inplace[0], NARROW, "fp32", args.device)
+            session.result["in-place bytes per token"] = {"N": NARROW.scored, "V": NARROW.vocab, "bytes": size}
+        for job, dtype, options, repeats, absent in plan(args):
+            variants = logits.memory_variants(args.device, args.backend) if job.memory else []
+            tick = session.task(f"{job.shape}, {dtype}", repeats + 1 + len(variants))
+            case = logits.run(job.shape, dtype, repeats, tick, **options)
+            case["absent"] |= absent
+            case["peak extra bytes"] = {}
+            for variant in variants:
+                case["peak extra bytes"][variant] = logits.memory(variant, job.shape, dtype, args.device)
+                tick()
+            session.add(case)
+    finish(session)
 
 
 def run_linear(args: argparse.Namespace) -> None:
+    session = Session("linear", args)
     heads = [linear.FROZEN] if args.frozen else linear.HEADS[args.device]
-    result, path = measure_cases(args, [(*shape, head) for shape in shapes(args) for head in heads])
-    console.print(report.provenance(result))
-    finish(result, path, report.linear_tables(result), report.linear_notes(result))
+    with session.progress:
+        for job, dtype, options, repeats, absent in plan(args):
+            for head in heads:
+                tick = session.task(f"{job.shape}, {head}, {dtype}", repeats + 2)
+                case = linear.run(job.shape, dtype, head, repeats, tick, **options)
+                case["absent"] |= absent
+                if args.device == "cpu":
+                    _, *timed = case["seconds"]
+                    found = {name: linear.point(name, job.shape, dtype, head) for name in timed}
+                    case["peak extra bytes"] = {name: point["peak extra bytes"] for name, point in found.items()}
+                tick()
+                session.add(case)
+    finish(session)
+
+
+def run_memory(args: argparse.Namespace) -> None:
+    session = Session("memory", args)
+    head = linear.FROZEN if args.frozen else linear.TRAINED
+    with session.progress:
+        for job, dtype, options, repeats, absent in plan(args):
+            total = len(options["peers"]) + len(args.backend)
+            label = f"{job.shape}" + (f", {job.shape.sweep}" if job.shape.sweep else "")
+            case = memory.run(job.shape, dtype, head, repeats, session.task(f"{label}, {dtype}", total), **options)
+            case["failed"] |= absent
+            session.add(case)
+    finish(session)
+
+
+def run_longcontext(args: argparse.Namespace) -> None:
+    session = Session("longcontext", args)
+    head, lengths = longcontext.HEAD[args.device], longcontext.TOKENS
+    if args.quick:
+        head, lengths = longcontext.QUICK_HEAD, longcontext.QUICK_TOKENS
+    lengths = tuple(args.tokens or lengths)
+    chosen = longcontext.DEFAULT_PEERS[args.device] if args.peers is None else args.peers
+    with session.progress:
+        for dtype in args.dtype or (longcontext.DTYPE[args.device],):
+            tick = session.task(f"{dtype}", len(lengths) * (len(chosen) + len(args.backend)))
+            longcontext.run(
+                head,
+                lengths,
+                dtype,
+                args.repeats,
+                session.result["ceilings"],
+                session.add,
+                tick,
+                args.device,
+                chosen,
+                args.backend,
+                args.cap or longcontext.CAP[args.device],
+            )
+    finish(session)
 
 
 def run_step(args: argparse.Namespace) -> None:
-    repeats = 2 if args.quick else args.repeats
-    result = {"benchmark": "step", "device kind": args.device, **describe(args.device), "cases": []}
-    path = args.json or (None if args.quick else RESULTS / f"step-{args.device}.json")
-    with Progress(console=console) as progress:
+    repeats = min(args.repeats, 2) if args.quick else args.repeats
+    session = Session("step", args)
+    with session.progress:
         for head in (step.TRAINED, step.LORA):
-            task = progress.add_task(f"{head} head", total=2 * (repeats + 1) + 4)
-
-            def tick(task=task):
-                progress.advance(task)
-
+            tick = session.task(f"{head} head", 2 * (repeats + 1) + 4)
             case = step.run(head, repeats, args.quick, tick, args.device)
             for part in (step.STEP, step.LOSS):
                 case["peak extra bytes"][part] = {}
                 for variant in (step.TRL, step.OURS):
-                    measured = memory(step, variant, (head, part, args.quick), args.device)
-                    case["peak extra bytes"][part][variant] = measured
+                    case["peak extra bytes"][part][variant] = step.memory(variant, head, part, args.quick, args.device)
                     tick()
-            result["cases"].append(case)
-            write(result, path)
-    finish(result, path, [(report.provenance(result), report.step_table(result))], [])
+            session.add(case)
+    finish(session)
 
 
-def measure_cases(args: argparse.Namespace, shapes: list[tuple]) -> tuple[dict, Path | None]:
-    """Time and memory of every shape in every dtype, and where they are written."""
-    benchmark, device = args.benchmark, args.device
-    name = benchmark.__name__.rsplit(".", 1)[-1]
-    repeats = 3 if args.quick else args.repeats
-    result = {"benchmark": name, "device kind": device, **describe(device), "cases": []}
-    path = args.json or (None if args.quick else RESULTS / f"{name}-{device}.json")
-    variants = benchmark.memory_variants(device)
-    with Progress(console=console) as progress:
-        for shape in shapes:
-            for dtype in args.dtype or benchmark.DEFAULT_DTYPES[device]:
-                label = ", ".join(map(str, (*shape, dtype)))
-                task = progress.add_task(label, total=repeats + 1 + len(variants))
-
-                def tick(task=task):
-                    progress.advance(task)
-
-                case = benchmark.run(dtype, *shape, repeats, tick, device)
-                case["peak extra bytes"] = {}
-                for variant in variants:
-                    if variant in case["seconds"]:  # what failed the gate is not measured
-                        case["peak extra bytes"][variant] = memory(benchmark, variant, (dtype, *shape), device)
-                    tick()
-                result["cases"].append(case)
-                write(result, path)  # as soon as it exists: a run cut off leaves its results
-    return result, path
+def plan(args: argparse.Namespace):
+    """Each shape and dtype with what its run takes: (job, dtype, options, repeats, reasons why peers are left out)."""
+    benchmark = args.benchmark
+    for job in jobs(args):
+        known = tuple(benchmark.PEERS)
+        chosen = (known if job.peers is None else job.peers) if args.peers is None else args.peers
+        absent = {benchmark.PEERS[key].name: NOT_CHOSEN for key in known if args.peers is None and key not in chosen}
+        cap = args.cap or benchmark.CAP[args.device]
+        options = {"device": args.device, "peers": chosen, "backends": args.backend, "cap": cap}
+        repeats = args.repeats or job.repeats or benchmark.REPEATS
+        for dtype in args.dtype or job.dtypes:
+            yield job, dtype, options, min(repeats, 3) if args.quick else repeats, absent
 
 
-def memory(benchmark: ModuleType, variant: str, case: tuple, device: str) -> int:
-    if device == "cuda":
-        return benchmark.memory(variant, *case, device)
-    return in_fresh_process(benchmark.__name__, variant, *map(str, case), device)
-
-
-def finish(result: dict, path: Path | None, tables: list[tuple[str, list]], notes: list[str]) -> None:
-    write(result, path)
+def finish(session: Session) -> None:
+    session.write()
+    result = session.result
+    console.print(report.provenance(result))
+    tables, notes = report.on_screen(result)
     for title, rows in tables:
         show(rows, title)
     for line in notes:
         console.print(line)
-    if path:
-        console.print(f"written to {path}")
+    if session.path:
+        console.print(f"written to {session.path}")
+    if session.args.plot:
+        from . import plots  # matplotlib is slow to load
 
-
-def write(result: dict, path: Path | None) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        for path in plots.draw(result, session.path.parent if session.path else Path.cwd()):
+            console.print(f"drawn: {path}")
 
 
 def run_report(args: argparse.Namespace) -> None:
-    changed = report.update_readme(check=args.check)
+    changed = report.update(check=args.check)
     if args.check and changed:
-        raise SystemExit("README.md does not agree with benchmarks/results; run: python -m benchmarks report")
-    console.print("README.md updated" if changed else "README.md agrees with benchmarks/results")
+        raise SystemExit(f"{', '.join(changed)}: not as benchmarks/results says; run: python -m benchmarks report")
+    console.print(f"updated: {', '.join(changed)}" if changed else "the tables agree with benchmarks/results")
 
 
 def show(rows: list[list[str]], title: str) -> None:
@@ -132,56 +162,111 @@ def show(rows: list[list[str]], title: str) -> None:
     console.print(table)
 
 
-def add_arguments(command: argparse.ArgumentParser, benchmark: ModuleType, shape: tuple[str, ...]) -> None:
+def add_run(command: argparse.ArgumentParser, name: str) -> None:
+    """What every command that measures has."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: a GPU where there is one")
+    command.add_argument("--quick", action="store_true", help="small shapes, few repetitions, no results file")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help=f"results file (default: benchmarks/results/{name}-DEVICE.json)"
+    )
+    command.add_argument("--plot", action="store_true", help="draw the picture of the results")
+
+
+def add_peers(command: argparse.ArgumentParser, benchmark: ModuleType) -> None:
     command.set_defaults(benchmark=benchmark)
     command.add_argument(
-        "--device",
-        choices=list(benchmark.SHAPES),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU",
+        "--dtype", help="comma list of fp32, bf16, fp16 (default: fp32 and bf16 where both are published)"
     )
-    command.add_argument("--shape", type=int, nargs=len(shape), metavar=shape, help="tokens, …, vocabulary")
+    known = ", ".join(benchmark.PEERS)
+    command.add_argument("--peers", help=f"comma list, all or none; known: {known} (default: what each shape has)")
+    command.add_argument("--backend", default="all", help="ours: comma list, all (default) or none")
     command.add_argument(
-        "--dtype", action="append", choices=list(DTYPES), help="may be given again (default: as published)"
+        "--cap",
+        type=float,
+        metavar="SECONDS",
+        help="a peer that takes longer for one call is left out, and that recorded (default: "
+        + ", ".join(f"{cap or 'none'} on {device}" for device, cap in benchmark.CAP.items())
+        + ")",
+    )
+
+
+def add_shapes(command: argparse.ArgumentParser, benchmark: ModuleType) -> None:
+    add_peers(command, benchmark)
+    command.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help=f"N,H,V (N scored tokens; N,V for logits), or of: {', '.join(NAMES)} (default: as published)",
     )
     command.add_argument(
-        "--repeats", type=int, default=benchmark.REPEATS, help="interleaved repetitions (default: %(default)s)"
+        "--repeats", type=int, help=f"interleaved repetitions (default: {benchmark.REPEATS}, or fewer)"
     )
-    command.add_argument("--quick", action="store_true", help="a small shape, few repetitions, no results file")
-    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/BENCHMARK-DEVICE.json)")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Micro-benchmarks of kto_kernels beside its peers. Every command checks results against fp64 first, "
+        "shows its progress, prints tables, and writes benchmarks/results/COMMAND-DEVICE.json with device, driver, versions, "
+        "commit, date, shapes, medians and quartiles. Nothing changes clocks or other settings of a device. The durations "
+        "below are those of two AVX-512 cores and of one H100-class GPU.",
+    )
+    commands = found.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("ceilings", run_ceilings, "copy and read bandwidth and bare GEMM rates of this device (10 s)")
+    add_run(command, "ceilings")
+
+    command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 2 min, GPU 1 min)")
+    add_run(command, "logits")
+    add_shapes(command, logits)
+
+    command = add("linear", run_linear, "the loss from hidden states, heads of real models (CPU 10 min, GPU 3 min)")
+    add_run(command, "linear")
+    add_shapes(command, linear)
+    command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
+
+    command = add("memory", run_memory, "peak memory over N, V, H and the budget of ours (CPU 5 min, GPU 1 min)")
+    add_run(command, "memory")
+    add_shapes(command, memory)
+    command.add_argument("--frozen", action="store_true", help="the head takes no gradient")
+
+    command = add("longcontext", run_longcontext, "1k to 1M tokens until a peer fails (CPU 8 min, GPU 2 min)")
+    add_run(command, "longcontext")
+    add_peers(command, longcontext)
+    command.add_argument("--tokens", type=int, nargs="+", help="lengths, prompt and all (default: 1024 … 1048576)")
+    command.add_argument("--repeats", type=int, default=longcontext.REPEATS, help="default: %(default)s")
+
+    about = "an optimizer step of a real model under TRL's KTOTrainer and under ours (CPU 4 min, GPU 1 min)"
+    command = add("step", run_step, about)
+    add_run(command, "step")
+    command.add_argument("--repeats", type=int, default=step.REPEATS, help="default: %(default)s")
+
+    command = add("inspect", inspect.run, "the Triton kernels as machine code: registers, spills, load widths (2 min)")
+    inspect.add_arguments(command)
+
+    command = add("report", run_report, "rebuild tables and pictures from benchmarks/results (10 s)")
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; fail where tables differ from results, or a picture is missing",
+    )
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Micro-benchmarks of kto_kernels.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    command = commands.add_parser("logits", help="the loss from logits against the peers")
-    add_arguments(command, logits, ("N", "V"))
-    command.set_defaults(run=run_logits)
-
-    command = commands.add_parser("linear", help="the loss from hidden states against the peers")
-    add_arguments(command, linear, ("N", "H", "V"))
-    command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
-    command.set_defaults(run=run_linear)
-
-    command = commands.add_parser(
-        "step", help="an optimizer step of a real model under TRL's KTOTrainer and under ours"
-    )
-    command.add_argument("--device", choices=step.DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--repeats", type=int, default=step.REPEATS, help="default: %(default)s")
-    command.add_argument("--quick", action="store_true", help="a tiny model, few repetitions, no results file")
-    command.add_argument("--json", type=Path, help="results file (default: benchmarks/results/step-DEVICE.json)")
-    command.set_defaults(run=run_step)
-
-    command = commands.add_parser("inspect", help="the Triton kernels as machine code: registers, spills, load widths")
-    inspect.add_arguments(command)
-    command.set_defaults(run=inspect.run)
-
-    command = commands.add_parser("report", help="rebuild the README's tables from benchmarks/results")
-    command.add_argument("--check", action="store_true", help="change nothing; fail where README and results differ")
-    command.set_defaults(run=run_report)
-
-    args = parser.parse_args()
+    commands = parser()
+    args = commands.parse_args()
+    if hasattr(args, "benchmark"):
+        try:
+            settle(args, args.benchmark)
+        except ValueError as error:
+            commands.error(str(error))
     args.run(args)
 
 

@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 def describe(device: str) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "kto_kernels": kto_kernels.__version__}
-    for package in ("triton", "transformers", "trl", "liger-kernel"):
+    for package in ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
         "device": _device(device),
+        "driver": _driver(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": _commit(),
@@ -45,6 +46,18 @@ def _device(device: str) -> str:
         model = names[0] if names else model
     isa = f", {cpu.instruction_set()}" if cpu.instruction_sets() else ""
     return f"{model}, {os.cpu_count()} logical processors{isa}"
+
+
+def _driver(device: str) -> str | None:
+    """Of the GPU, and the CUDA that torch was built with."""
+    if device != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        found = "unknown"
+    return f"{found}, CUDA {torch.version.cuda}"
 
 
 def _commit() -> str:

@@ -1,14 +1,19 @@
 """`python -m benchmarks linear`: the loss from hidden states, ours against the peers, on one batch.
 
-Every variant computes the KTO loss of N tokens in 4 sequences from policy and reference hidden states and a KL number,
-and the gradients of the policy's hidden states and (unless it is frozen) of its head. The gate compares loss and
-gradients with fp64 before anything is timed. The floor is the GEMMs alone, unchunked, into buffers that are there.
+Every variant computes the KTO loss of N scored tokens in 4 sequences, behind prompts half as long, from policy and
+reference hidden states and a KL number, and the gradients of the policy's hidden states and (unless it is frozen) of its
+head. The gate compares loss and gradients with fp64 before anything is timed. The floor is the GEMMs of the scored tokens
+alone, unchunked, into buffers that are there.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -18,40 +23,78 @@ from kto_kernels import reference
 from kto_kernels.plan import LinearPlan
 
 from . import gate
-from .linear_peers import LinearBatch, LossOf, ours, peers
-from .measure import DTYPES, SEQUENCES, Timed, clock_of, interleaved, peak_extra_bytes
-from .peers import NAIVE, backends
+from .linear_peers import IGNORED, PEERS, LinearBatch, LossOf, naive, naive_scored, ours
+from .linear_peers import SCORED as NAIVE_SCORED
+from .measure import (
+    DTYPES,
+    Failed,
+    Timed,
+    clock_of,
+    in_fresh_process,
+    interleaved,
+    limit_memory,
+    peak_extra_bytes,
+    reason,
+)
+from .peers import NAIVE
+from .selection import Setting, present, worth_timing
+from .shapes import MODELS, Job, Shape, of_model
 
-SHAPES = {"cpu": [(1024, 576, 49152)], "cuda": [(8192, 4096, 128256), (8192, 4096, 151936)]}  # N, H, V
-QUICK = (128, 128, 8192)
-DEFAULT_DTYPES = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
-REPEATS = 5
+DTYPES_BY_DEFAULT = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
+BASE = {"cpu": of_model("smollm2", 1024), "cuda": of_model("llama-3-8b", 8192)}
+SCORED = {"cpu": 128, "cuda": 8192}  # tokens of a shape that is named by its model
 TRAINED, FROZEN = "trained", "frozen"
-HEADS = {"cpu": [TRAINED], "cuda": [TRAINED, FROZEN]}
+HEADS = {"cpu": (TRAINED,), "cuda": (TRAINED, FROZEN)}
+
+
+def jobs(device: str) -> list[Job]:
+    """Without `--shapes`: one head and all the peers; then the other real heads, on a CPU with few tokens and the
+    fastest peers only."""
+    others = [of_model(name, SCORED[device]) for name in MODELS]
+    others = [shape for shape in others if shape.model != BASE[device].model]
+    if device == "cuda":
+        return [Job(shape, ("bf16",)) for shape in (BASE[device], *others)]
+    fast = ("naive", "scored", "liger")
+    return [Job(BASE[device], ("fp32", "bf16"))] + [Job(shape, ("bf16",), fast, repeats=3) for shape in others]
+
+
+QUICK = Shape(128, 128, 8192)
+REPEATS = 7
+CAP = {"cpu": 20.0, "cuda": None}
 # A sequence's coefficient is known only when its logits have become gradients: it goes over 16-bit hidden states and
 # over 16-bit products, which rounds once more than autograd does. Another blocking of a GEMM rounds otherwise, too.
 SLACK = {"fp32": 1.001, "bf16": 1.15, "fp16": 1.15}
-DIFFERS = 1e-2  # of the truth, on top of naive PyTorch's own error: a peer beyond that computes something else
-FP64_ROWS = 256
+FP64_ROWS, FP64_WORDS = 256, 8192  # at a time
+GATED_WORDS = 1024  # rows of the head's gradient that the gate looks at, and those of as many labels
 
 
-def make_batch(n: int, hidden: int, vocab: int, head: str, dtype: torch.dtype, device: str = "cpu") -> LinearBatch:
+def make_batch(shape: Shape, head: str, dtype: torch.dtype, device: str = "cpu") -> LinearBatch:
     torch.manual_seed(0)
-    tokens = max(1, n // SEQUENCES)
-    states = torch.randn(SEQUENCES, tokens, hidden, device=device)
-    weight = torch.randn(vocab, hidden, device=device) * (3 * hidden**-0.5)  # logits of standard deviation 3
+    b, t = shape.sequences, shape.prompt + shape.completion
 
-    def near(x: Tensor) -> Tensor:  # the policy is near its reference, as in training: nothing saturates
-        return (x + 0.03 * x.std() * torch.randn_like(x)).to(dtype)
+    def normal(*sizes: int, std: float = 1.0) -> Tensor:
+        return torch.empty(*sizes, dtype=dtype, device=device).normal_(std=std)
 
-    ref_hidden, ref_weight = near(states), near(weight)
-    states, weight = states.to(dtype), weight.to(dtype)
-    labels = torch.randint(vocab, (SEQUENCES, tokens), device=device)
+    def near(x: Tensor, std: float) -> Tensor:  # the policy is near its reference: nothing saturates
+        return torch.add(x, normal(*x.shape), alpha=0.03 * std)
+
+    scale = 3 * shape.hidden**-0.5  # logits of standard deviation 3
+    ref_hidden, ref_weight = normal(b, t, shape.hidden), normal(shape.vocab, shape.hidden, std=scale)
+    states, weight = near(ref_hidden, 1.0), near(ref_weight, scale)
+    labels = torch.randint(shape.vocab, (b, t), device=device)
     for x, y in zip(states, labels):  # half of the tokens are the model's own choice, as in a completion
-        y[::2] = F.linear(x[::2], weight).argmax(-1)
-    desirable = torch.tensor([True, False, True, True], device=device)
+        for rows, words in zip(x[::2].split(FP64_ROWS), y[::2].split(FP64_ROWS)):
+            words.copy_(F.linear(rows, weight).argmax(-1))
+    labels[:, : shape.prompt] = IGNORED
+    desirable = torch.arange(b, device=device) % 4 != 1
     return LinearBatch(
-        states.requires_grad_(), weight.requires_grad_(head == TRAINED), ref_hidden, ref_weight, labels, desirable
+        states.requires_grad_(),
+        weight.requires_grad_(head == TRAINED),
+        ref_hidden,
+        ref_weight,
+        labels,
+        desirable,
+        shape.softcap,
     )
 
 
@@ -65,119 +108,226 @@ def with_gradients(loss_of: LossOf, batch: LinearBatch) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, list(trained(batch).values()))
 
 
-@torch.no_grad()
-def truth(batch: LinearBatch) -> dict[str, Tensor]:
-    """Loss and gradients in fp64, by slices of rows, so that a large batch fits."""
+class Truth:
+    """Loss and gradients in fp64: slices of rows and of the vocabulary at a time, so that a large head fits; of the
+    head's gradient, the rows of `words`."""
 
-    def slices(*tensors: Tensor):
-        return zip(*(tensor.split(FP64_ROWS) for tensor in tensors))
+    @torch.no_grad()
+    def __init__(self, batch: LinearBatch):
+        scored = batch.labels != IGNORED
+        labels, sequence = batch.labels[scored], scored.nonzero()[:, 0]
+        softcap, vocab = batch.softcap, len(batch.weight)
+        self.rows = scored
+        self.words = torch.cat(
+            [labels[:GATED_WORDS], torch.arange(0, vocab, -(-vocab // GATED_WORDS)).to(labels)]
+        ).unique()
 
-    def sums(hidden: Tensor, head: Tensor) -> Tensor:
-        return torch.stack(
-            [
-                sum(reference.token_logps(F.linear(x.double(), head), y).sum() for x, y in slices(*sequence))
-                for sequence in zip(hidden, batch.labels)
-            ]
-        )
+        def logits(hidden: Tensor, head: Tensor) -> Tensor:
+            return torch.cat([F.linear(hidden.double(), w.double()) for w in head.split(FP64_WORDS)], -1)
 
-    head = batch.weight.double()
-    log_ratios = sums(batch.hidden, head) - sums(batch.ref_hidden, batch.ref_weight.double())
-    loss, slopes = gate.true_loss_and_slopes(log_ratios, batch.desirable)
-    found = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in trained(batch).items()}
-    for *sequence, slope in zip(batch.hidden, batch.labels, found["hidden gradient"], slopes):
-        for x, y, grad in slices(*sequence):
-            of_logits = reference.token_logps_grad(F.linear(x.double(), head), y, slope.expand(len(y)))
-            grad.copy_(of_logits @ head)
-            if "weight gradient" in found:
-                found["weight gradient"].addmm_(of_logits.T, x.double())
-    return {"loss": loss, **found}
+        def sums(hidden: Tensor, head: Tensor) -> Tensor:
+            slices = zip(hidden[scored].split(FP64_ROWS), labels.split(FP64_ROWS))
+            logps = torch.cat([reference.token_logps(logits(x, head), y, softcap=softcap) for x, y in slices])
+            return logps.new_zeros(len(hidden)).index_add_(0, sequence, logps)
 
+        log_ratios = sums(batch.hidden, batch.weight) - sums(batch.ref_hidden, batch.ref_weight)
+        loss, slopes = gate.true_loss_and_slopes(log_ratios, batch.desirable)
+        hidden = batch.hidden[scored]
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float64)
+        of_words = of_hidden.new_zeros(len(self.words), hidden.shape[1])
+        for x, y, slope, grad in zip(*(t.split(FP64_ROWS) for t in (hidden, labels, slopes[sequence], of_hidden))):
+            of_logits = reference.token_logps_grad(logits(x, batch.weight), y, slope, softcap=softcap)
+            for part, w in zip(of_logits.split(FP64_WORDS, 1), batch.weight.split(FP64_WORDS)):
+                grad += part @ w.double()
+            of_words += of_logits[:, self.words].T @ x.double()
+        self.values = {"loss": loss, "hidden gradient": of_hidden}
+        if batch.weight.requires_grad:
+            self.values["weight gradient"] = of_words
 
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+    def errors_of(self, found: tuple[Tensor, ...]) -> gate.Errors:
+        errors = {}
+        for (what, true), x in zip(self.values.items(), found):
+            if what == "hidden gradient":  # a prompt's is 0
+                prompts = x[~self.rows].abs().max().item() if not self.rows.all() else 0.0
+                errors[what] = max(gate.rms(x[self.rows].double() - true), prompts)
+            else:
+                errors[what] = gate.rms((x[self.words] if what == "weight gradient" else x).double() - true)
+        return errors
+
+    @property
+    def scale(self) -> gate.Errors:
+        return {what: gate.rms(true) for what, true in self.values.items()}
 
 
 def bare_gemms(batch: LinearBatch) -> tuple[str, Callable[[object], None]]:
-    """The floor: every product at its full size, once."""
-    hidden, ref_hidden = batch.hidden.detach().flatten(0, 1), batch.ref_hidden.flatten(0, 1)
+    """The floor: every product of the scored rows at its full size, once."""
+    scored = batch.labels != IGNORED
+    hidden, ref_hidden = batch.hidden.detach()[scored], batch.ref_hidden[scored]
     weight = batch.weight.detach()
     logits = hidden.new_empty(len(hidden), len(weight))
-    grads = {name: torch.empty_like(leaf) for name, leaf in trained(batch).items()}
+    of_hidden = torch.empty_like(hidden)
+    of_weight = torch.empty_like(weight) if batch.weight.requires_grad else None
 
     def run(_: object) -> None:
         torch.mm(ref_hidden, batch.ref_weight.T, out=logits)
         torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=grads["hidden gradient"].view_as(hidden))
-        if "weight gradient" in grads:
-            torch.mm(logits.T, hidden, out=grads["weight gradient"])
+        torch.mm(logits, weight, out=of_hidden)
+        if of_weight is not None:
+            torch.mm(logits.T, hidden, out=of_weight)
 
-    return f"bare GEMMs, {2 + len(grads)}G", run
+    return f"bare GEMMs, {gemm_units(batch.weight.requires_grad)}G", run
 
 
-def memory_variants(device: str) -> dict[str, LossOf]:
-    """What the memory of one step is measured of: all that is there."""
-    mine = {f"linear_kto_loss, {backend}": ours(backend) for backend in backends(device)}
-    return mine | {name: loss_of for name, loss_of in peers().items() if not isinstance(loss_of, str)}
+def gemm_units(trained_head: bool) -> int:
+    """Reference and policy, and a product for each gradient."""
+    return 4 if trained_head else 3
+
+
+def name_of(backend: str) -> str:
+    return f"linear_kto_loss, {backend}"
+
+
+def variants_of(
+    setting: Setting, peers: tuple[str, ...], backends: tuple[str, ...]
+) -> tuple[dict[str, LossOf], dict[str, str]]:
+    """Ours and the peers that are there, by name; and why the others are not."""
+    theirs, absent = present(PEERS, peers, setting)
+    return {name_of(backend): ours(backend, setting.shape.budget) for backend in backends} | theirs, absent
+
+
+def plan_of(shape: Shape, dtype: str, head: str, device: str) -> LinearPlan:
+    return LinearPlan.of(
+        [shape.completion] * shape.sequences,
+        shape.vocab,
+        shape.hidden,
+        DTYPES[dtype],
+        needs_weight=head == TRAINED,
+        hidden_rows=shape.tokens,
+        max_logits_bytes=shape.budget,
+        device=device,
+    )
+
+
+def gated(
+    batch: LinearBatch, variants: dict[str, LossOf], dtype: str, cap: float | None = None
+) -> tuple[dict[str, gate.Errors], dict[str, str], gate.Errors]:
+    """Errors against fp64, why which peers are out, and the size of the true values."""
+    truth = Truth(batch)
+    mine = [name for name in variants if name.startswith("linear_kto_loss")]
+    everyone = {NAIVE: naive, NAIVE_SCORED: naive_scored} | variants
+    found = gate.admit(
+        everyone, mine, lambda f: with_gradients(f, batch), truth.errors_of, truth.scale, SLACK[dtype], cap
+    )
+    return *found, truth.scale
 
 
 def run(
-    dtype: str, n: int, hidden: int, vocab: int, head: str, repeats: int, tick: Callable, device: str = "cpu"
+    shape: Shape,
+    dtype: str,
+    head: str,
+    repeats: int,
+    tick: Callable,
+    device: str = "cpu",
+    peers: tuple[str, ...] = tuple(PEERS),
+    backends: tuple[str, ...] | None = None,
+    cap: float | None = None,
 ) -> dict:
-    batch = make_batch(n, hidden, vocab, head, DTYPES[dtype], device)
-    absent = {name: why for name, why in peers().items() if isinstance(why, str)}
-    variants = memory_variants(device)
-    mine = [name for name in variants if name.startswith("linear_kto_loss")]
+    """Times of one shape, dtype and head: a case of the results file."""
+    backends = worth_timing(device) if backends is None else backends
+    batch = make_batch(shape, head, DTYPES[dtype], device)
+    variants, absent = variants_of(Setting(device, DTYPES[dtype], shape), peers, backends)
+    errors, refused, scale = gated(batch, variants, dtype, cap)
+    absent |= {name: why for name, why in refused.items() if name in variants}
 
-    true = truth(batch)
-    errors = {}
+    floor_name, floor = bare_gemms(batch)
+    runs = {floor_name: Timed(lambda: None, floor)}
     for name, loss_of in variants.items():
-        try:
-            found = with_gradients(loss_of, batch)
-        except RuntimeError as error:  # no compiler, no memory
-            if name in (*mine, NAIVE):
-                raise
-            absent[name] = f"fails: {str(error).splitlines()[0]}"
-            continue
-        errors[name] = {what: rms(x.double() - right) for (what, right), x in zip(true.items(), found)}
-        del found
-    gate.hold(errors, mine, SLACK[dtype])
-    scale = {what: rms(right) for what, right in true.items()}
-    del true
-    for name in errors.keys() - {*mine, NAIVE}:
-        for what, error in errors[name].items():
-            if not error <= DIFFERS * scale[what] + 2 * errors[NAIVE][what]:
-                absent[name] = f"differs from fp64: {what} by {error:.1e} of {scale[what]:.1e}"
-    variants = {name: loss_of for name, loss_of in variants.items() if name not in absent}
-
-    name, floor = bare_gemms(batch)
-    runs = {name: Timed(lambda: None, floor)}
-    for name, loss_of in variants.items():
-        runs[name] = Timed(lambda: None, lambda _, loss_of=loss_of: with_gradients(loss_of, batch))
+        if name not in refused:
+            runs[name] = Timed(lambda: None, lambda _, loss_of=loss_of: with_gradients(loss_of, batch))
     seconds = interleaved(runs, repeats, clock_of(device), tick)
-    tokens = batch.labels.shape[1]
-    plan = LinearPlan.of(
-        [tokens] * SEQUENCES, vocab, hidden, DTYPES[dtype], needs_weight=head == TRAINED, device=device
-    )
-    case = {"dtype": dtype, "N": batch.labels.numel(), "H": hidden, "V": vocab, "head": head, "repeats": repeats}
-    return case | {
+    peaks = {}
+    for name in runs.keys() - {floor_name} if device == "cuda" else ():
+        peaks[name] = peak_extra_bytes(lambda name=name: runs[name].run(None), device)
+    plan = plan_of(shape, dtype, head, device)
+    mine = [name_of(backend) for backend in backends]
+    return {"dtype": dtype, **shape.key, "head": head, "repeats": repeats} | {
         "plan": {"text": repr(plan), "peak bytes": plan.peak_bytes, "variants": mine},
         "fp64": scale,
         "errors against fp64": errors,
         "seconds": seconds,
+        "peak extra bytes": peaks,
         "absent": absent,
     }
 
 
-def memory(variant: str, dtype: str, n: int, hidden: int, vocab: int, head: str, device: str = "cpu") -> int:
-    """Peak bytes of one step above its inputs; on the CPU, to be run in a fresh process."""
-    loss_of = memory_variants(device)[variant]
-    # Code and thread stacks are loaded before the measurement; with the second shape, code compiled for any shape.
-    for small in ((32, 24, 64), (64, 48, 128)):
-        with_gradients(loss_of, make_batch(*small, head, DTYPES[dtype], device))
-    batch = make_batch(n, hidden, vocab, head, DTYPES[dtype], device)
-    return peak_extra_bytes(lambda: with_gradients(loss_of, batch), device)
+# One variant on its own ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def point(
+    variant: str,
+    shape: Shape,
+    dtype: str,
+    head: str,
+    device: str = "cpu",
+    repeats: int = 0,
+    limit: int | None = None,
+    cap: float | None = None,
+) -> dict:
+    """Peak bytes of one step above its inputs, and with `repeats` the median of its seconds; on the CPU in a fresh
+    process, where it may take `limit` bytes, inputs and all, and `cap` seconds. `failed`: why there is none, or None."""
+    call = {"variant": variant, "shape": asdict(shape), "dtype": dtype, "head": head, "device": device}
+    call |= {"repeats": repeats, "limit": limit, "cap": cap}
+    if device == "cpu":
+        try:
+            # Its own start takes seconds too.
+            return in_fresh_process("benchmarks.linear", call, None if cap is None else cap * (repeats + 1) + 60)
+        except Failed as failed:
+            return {"peak extra bytes": None, "seconds": None, "failed": str(failed)}
+    torch.cuda.empty_cache()
+    found = _point(**call)
+    torch.cuda.empty_cache()
+    return found
+
+
+def _point(
+    variant: str, shape: dict, dtype: str, head: str, device: str, repeats: int, limit: int | None, cap: float | None
+) -> dict:
+    shape = Shape(**shape)
+    setting = Setting(device, DTYPES[dtype], shape)
+    try:
+        loss_of = _by_name(variant, setting)
+        if device == "cpu":
+            # Code and thread stacks are loaded before the measurement; with the second shape, code compiled for any.
+            for small in (Shape(32, 24, 64, sequences=shape.sequences), Shape(64, 48, 128, sequences=shape.sequences)):
+                with_gradients(loss_of, make_batch(small, head, DTYPES[dtype], device))
+            if limit is not None:
+                limit_memory(limit)
+        batch = make_batch(shape, head, DTYPES[dtype], device)
+        if device == "cuda":
+            with_gradients(loss_of, batch)  # workspaces and compiled code stay
+        seconds = []
+
+        def step() -> object:
+            start = time.perf_counter()
+            result = with_gradients(loss_of, batch)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        peak = peak_extra_bytes(step, device)
+        if repeats and (device == "cuda" or seconds[0] * (repeats + 1) < (cap or float("inf"))):
+            clock = clock_of(device, flush=False)
+            seconds = [clock(lambda: with_gradients(loss_of, batch)) for _ in range(repeats)]
+        return {"peak extra bytes": peak, "seconds": statistics.median(seconds) if repeats else None, "failed": None}
+    except Exception as error:  # out of memory, too large for a kernel's index, …: a result like any other
+        return {"peak extra bytes": None, "seconds": None, "failed": reason(error)}
+
+
+def _by_name(variant: str, setting: Setting) -> LossOf:
+    for peer in PEERS.values():
+        if peer.name == variant:
+            return peer.make(setting)
+    return ours(variant.removeprefix(name_of("")), setting.shape.budget)
 
 
 if __name__ == "__main__":
-    variant, dtype, n, hidden, vocab, head, device = sys.argv[1:]
-    print(memory(variant, dtype, int(n), int(hidden), int(vocab), head, device))
+    print(json.dumps(_point(**json.loads(sys.argv[1]))))

@@ -1,12 +1,13 @@
 """`python -m benchmarks logits`: the loss from logits, ours against the peers, on one batch.
 
-Every variant computes the same thing: the KTO loss of N tokens in 4 sequences with reference log-probabilities and a KL
-number, and (where it says so) the gradient to the logits. The gate compares loss and gradient with fp64 before anything
-is timed.
+Every variant computes the same thing: the KTO loss of N tokens, all of them scored, in 4 sequences with reference
+log-probabilities and a KL number, and (where it says so) the gradient to the logits. The gate compares loss and gradient
+with fp64 before anything is timed. On a GPU the few-row shapes are timed as replays of a CUDA graph.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 
@@ -16,13 +17,30 @@ from torch import Tensor
 from kto_kernels import kto_loss, reference
 
 from . import gate
-from .measure import DTYPES, SEQUENCES, Timed, clock_of, interleaved, peak_extra_bytes
-from .peers import NAIVE, Batch, LossOf, backends, naive, ours, peers
+from .measure import DTYPES, Failed, Timed, as_graph, clock_of, in_fresh_process, interleaved, peak_extra_bytes, reason
+from .peers import NAIVE, PEERS, Batch, LossOf, naive, ours
+from .selection import Setting, present, worth_timing
+from .shapes import SEQUENCES, Job, Shape, sweep
 
-SHAPES = {"cpu": [(1024, 49152)], "cuda": [(8192, 128256), (64, 128256), (8, 128256)]}  # N, V
-QUICK = (64, 4096)
-DEFAULT_DTYPES = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16"]}
+DTYPES_BY_DEFAULT = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16")}
+BASE = {"cpu": Shape(1024, 0, 49152), "cuda": Shape(8192, 0, 128256)}
+SCORED = {"cpu": 256, "cuda": 8192}  # tokens of a shape that is named by its model
+SWEEP = {"cpu": (8, 32, 128, 512, 2048), "cuda": (8, 32, 64, 256, 1024, 4096)}
+
+
+def jobs(device: str) -> list[Job]:
+    """Without `--shapes`: one large batch and all the peers; then fewer rows and more, for the picture, without those
+    that are compiled anew for every shape."""
+    both = DTYPES_BY_DEFAULT[device]
+    some = {"cpu": ("naive",), "cuda": ("naive", "trl", "quack")}[device]
+    rest = sweep("sweep-n", BASE[device], SWEEP[device])
+    return [Job(BASE[device], both)] + [Job(shape, both, some, memory=False) for shape in rest]
+
+
+QUICK = Shape(64, 0, 4096)
 REPEATS = 15
+CAP = {"cpu": 20.0, "cuda": None}
+GRAPH_ROWS = 64  # up to here a call is shorter than the time that Python takes to launch it
 # What reads the logits once and does nothing else: the yardstick of a pass.
 YARDSTICK = {"cpu": "logits.sum()", "cuda": "copy"}
 FORWARD, FRESH, INPLACE = "forward only", "forward + backward", "forward + in-place backward"
@@ -69,11 +87,8 @@ def forward_only(loss_of: LossOf, batch: Batch, logits: Tensor) -> Tensor:
         return loss_of(batch, logits)
 
 
-def errors_of(batch: Batch, mine: dict[str, LossOf]) -> dict:
-    """Errors against fp64 of ours and of naive PyTorch; raises where ours are larger.
-
-    fp64 goes by slices of rows, so that a large batch fits.
-    """
+def gated(batch: Batch, variants: dict[str, LossOf], mine: list[str], cap: float | None) -> tuple[dict, dict]:
+    """Errors against fp64, and why which peers are out; fp64 goes by slices of rows, so that a large batch fits."""
     sequences = list(zip(batch.logits.unbind(), batch.labels.unbind()))
     slices = [slice(begin, begin + 64) for begin in range(0, batch.labels.shape[1], 64)]
     r = torch.stack(
@@ -81,34 +96,44 @@ def errors_of(batch: Batch, mine: dict[str, LossOf]) -> dict:
     )
     true_loss, slopes = gate.true_loss_and_slopes(r - batch.ref_logps, batch.desirable)
 
-    errors = {}
-    for name, loss_of in {NAIVE: naive, **mine}.items():
-        loss, grad = with_gradient(loss_of, batch, produced(batch.logits.clone()))
-        squares = 0.0
+    def truths():
         for i, (x, y) in enumerate(sequences):
             for rows in slices:
-                truth = reference.token_logps_grad(x[rows].double(), y[rows], slopes[i].expand(len(y[rows])))
-                squares += (grad[i, rows].double() - truth).square().sum().item()
-        errors[name] = {
-            "loss": abs(loss.double() - true_loss).item(),
-            "gradient": (squares / batch.logits.numel()) ** 0.5,
-        }
-        del loss, grad
-    gate.hold(errors, mine)
-    return errors
+                yield i, rows, reference.token_logps_grad(x[rows].double(), y[rows], slopes[i].expand(len(y[rows])))
 
+    def mean(squares: float) -> float:
+        return (squares / batch.logits.numel()) ** 0.5
 
-def run(dtype: str, n: int, vocab: int, repeats: int, tick: Callable, device: str = "cpu") -> dict:
-    batch = make_batch(n, vocab, DTYPES[dtype], device)
-    found = peers(device)
-    absent = {name: why for name, why in found.items() if isinstance(why, str)}
-    theirs = {name: loss_of for name, loss_of in found.items() if name not in absent}
-    names = {backend: f"kto_loss, {backend}" for backend in backends(device)}
-    errors = errors_of(
-        batch,
-        {name: ours(backend) for backend, name in names.items()}
-        | {f"{name}, in place": ours(backend, inplace=True) for backend, name in names.items()},
+    def errors_of(result: tuple[Tensor, Tensor]) -> dict[str, float]:
+        loss, grad = result
+        squares = sum((grad[i, rows].double() - truth).square().sum().item() for i, rows, truth in truths())
+        return {"loss": abs(loss.double() - true_loss).item(), "gradient": mean(squares)}
+
+    scale = {"loss": true_loss.item(), "gradient": mean(sum(t.square().sum().item() for *_, t in truths()))}
+    return gate.admit(
+        variants, mine, lambda f: with_gradient(f, batch, produced(batch.logits.clone())), errors_of, scale, cap=cap
     )
+
+
+def run(
+    shape: Shape,
+    dtype: str,
+    repeats: int,
+    tick: Callable,
+    device: str = "cpu",
+    peers: tuple[str, ...] = tuple(PEERS),
+    backends: tuple[str, ...] | None = None,
+    cap: float | None = None,
+) -> dict:
+    """Times of one shape and dtype: a case of the results file."""
+    backends = worth_timing(device) if backends is None else backends
+    batch = make_batch(shape.scored, shape.vocab, DTYPES[dtype], device)
+    theirs, absent = present(PEERS, peers, Setting(device, DTYPES[dtype], shape))
+    names = {backend: f"kto_loss, {backend}" for backend in backends}
+    mine = {name: ours(backend) for backend, name in names.items()}
+    mine |= {f"{name}, in place": ours(backend, inplace=True) for backend, name in names.items()}
+    errors, refused = gated(batch, {NAIVE: naive} | theirs | mine, list(mine), cap)
+    absent |= {name: why for name, why in refused.items() if name in theirs}
 
     scratch = batch.logits.clone()
     leaf = batch.logits.detach().requires_grad_()
@@ -121,10 +146,15 @@ def run(dtype: str, n: int, vocab: int, repeats: int, tick: Callable, device: st
         return Timed(setup, lambda x: step(loss_of, batch, x))
 
     runs = {}
+    inplace = {peer.name for peer in PEERS.values() if peer.inplace}
     for name, loss_of in theirs.items():
-        runs[f"{name}, {FRESH}"] = timed(loss_of, with_gradient, lambda: leaf)
-        if device == "cuda":
-            runs[f"{name}, {FORWARD}"] = timed(loss_of, forward_only, lambda: batch.logits)
+        if name in refused:
+            continue
+        if name in inplace:
+            runs[f"{name}, {INPLACE}"] = timed(loss_of, with_gradient, overwritten)
+        else:
+            runs[f"{name}, {FRESH}"] = timed(loss_of, with_gradient, lambda: leaf)
+        runs[f"{name}, {FORWARD}"] = timed(loss_of, forward_only, lambda: batch.logits)
     for backend, name in names.items():
         runs[f"{name}, {INPLACE}"] = timed(ours(backend, inplace=True), with_gradient, overwritten)
         runs[f"{name}, {FRESH}"] = timed(ours(backend), with_gradient, lambda: leaf)
@@ -133,23 +163,37 @@ def run(dtype: str, n: int, vocab: int, repeats: int, tick: Callable, device: st
         runs[YARDSTICK[device]] = Timed(lambda: batch.logits, lambda x: x.sum())
     else:
         runs[YARDSTICK[device]] = Timed(lambda: batch.logits, scratch.copy_)
+    launches = {}
+    if device == "cuda" and shape.scored <= GRAPH_ROWS:
+        for name, plain in runs.items():
+            try:
+                runs[name], launches[name] = as_graph(plain), "CUDA graph"
+            except Exception as error:  # what cannot be recorded is timed as it is
+                launches[name] = f"no CUDA graph: {reason(error)}"
     seconds = interleaved(runs, repeats, clock_of(device), tick)
-    case = {"dtype": dtype, "N": batch.labels.numel(), "V": vocab, "repeats": repeats}
-    return case | {"errors against fp64": errors, "seconds": seconds, "absent": absent}
+    case = {"dtype": dtype, "N": batch.labels.numel(), "V": shape.vocab, "model": shape.model, "repeats": repeats}
+    return case | {"errors against fp64": errors, "seconds": seconds, "launches": launches, "absent": absent}
 
 
-def memory_variants(device: str) -> dict[str, LossOf]:
+def memory_variants(device: str, backends: tuple[str, ...] | None = None) -> list[str]:
     """What the memory of one step is measured of."""
-    variants: dict[str, LossOf] = {f"{NAIVE}, {FRESH}": naive}
-    for backend in backends(device):
-        variants[f"kto_loss, {backend}, {INPLACE}"] = ours(backend, inplace=True)
-        variants[f"kto_loss, {backend}, {FRESH}"] = ours(backend)
-    return variants
+    backends = worth_timing(device) if backends is None else backends
+    mine = [f"kto_loss, {backend}, {mode}" for backend in backends for mode in (INPLACE, FRESH)]
+    return [f"{NAIVE}, {FRESH}", *mine]
 
 
-def memory(variant: str, dtype: str, n: int, vocab: int, device: str = "cpu") -> int:
-    """Peak bytes of one loss step above its inputs; on the CPU, to be run in a fresh process."""
-    loss_of = memory_variants(device)[variant]
+def memory(variant: str, shape: Shape, dtype: str, device: str = "cpu") -> int | None:
+    """Peak bytes of one loss step above its inputs, on the CPU in a fresh process; None where it does not fit."""
+    call = {"variant": variant, "n": shape.scored, "vocab": shape.vocab, "dtype": dtype, "device": device}
+    try:
+        return in_fresh_process("benchmarks.logits", call) if device == "cpu" else _memory(**call)
+    except (Failed, torch.OutOfMemoryError):
+        return None
+
+
+def _memory(variant: str, n: int, vocab: int, dtype: str, device: str) -> int:
+    name, mode = variant.rsplit(", ", 1)
+    loss_of = naive if name == NAIVE else ours(name.rsplit(", ", 1)[1], inplace=mode == INPLACE)
     small = make_batch(8, 64, DTYPES[dtype], device)
     batch = make_batch(n, vocab, DTYPES[dtype], device)
     with_gradient(loss_of, small, produced(small.logits))  # code and thread stacks are loaded before the measurement
@@ -158,5 +202,4 @@ def memory(variant: str, dtype: str, n: int, vocab: int, device: str = "cpu") ->
 
 
 if __name__ == "__main__":
-    variant, dtype, n, vocab, device = sys.argv[1:]
-    print(memory(variant, dtype, int(n), int(vocab), device))
+    print(json.dumps(_memory(**json.loads(sys.argv[1]))))

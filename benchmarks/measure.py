@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import torch
 
 from .environment import ROOT
 
-SEQUENCES = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,32 +43,39 @@ def interleaved(runs: dict[str, Timed], repeats: int, clock: Callable[[Callable]
             if repeat >= 0:
                 seconds[name].append(elapsed)
         tick()
-    return {
-        name: dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4)))
-        for name, values in seconds.items()
-    }
+    return {name: quartiles(values) for name, values in seconds.items()}
 
 
-def cpu_clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+def quartiles(values: list[float]) -> dict:
+    return dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4, method="inclusive")))
+
+
+class CpuClock:
+    """Wall time. Overwriting a buffer larger than the caches first empties them."""
+
+    def __init__(self, flush: bool = True) -> None:
+        self.flush = torch.empty(2**28 if flush else 0, dtype=torch.int8)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.flush.zero_()
+        start = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed
 
 
 class CudaClock:
     """Seconds on the device between two events. Overwriting a buffer larger than the L2 cache first empties the cache
     and keeps the device busy while Python gets the launches ready."""
 
-    def __init__(self, runway: int = 4) -> None:
-        self.flush = torch.empty(2**30, dtype=torch.int8, device="cuda")
-        self.runway = runway
+    def __init__(self, flush: bool = True) -> None:
+        self.flush = torch.empty(2**30 if flush else 0, dtype=torch.int8, device="cuda")
 
     def __call__(self, run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        for _ in range(self.runway):
+        for _ in range(4):
             self.flush.zero_()
         start.record()
         result = run()
@@ -78,16 +85,75 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3
 
 
-def clock_of(device: str) -> Callable[[Callable], float]:
-    return cpu_clock if device == "cpu" else CudaClock()
+def clock_of(device: str, flush: bool = True) -> Callable[[Callable], float]:
+    return (CpuClock if device == "cpu" else CudaClock)(flush)
 
 
-def in_fresh_process(module: str, *arguments: str) -> dict | int:
-    """Runs `python -m module arguments` and reads the JSON value that it prints last."""
-    run = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+def as_graph(timed: Timed) -> Timed:
+    """The same launches recorded once as a CUDA graph, of which the replay is timed: for launches so short that Python
+    cannot get them ready in time. Every setup must put its data into the same memory.
+
+    Raises:
+        RuntimeError: something in it cannot be recorded.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or allocated at the first calls is no part of the graph
+        for _ in range(3):
+            timed.run(timed.setup())
+    torch.cuda.current_stream().wait_stream(side)
+    graph, argument = torch.cuda.CUDAGraph(), timed.setup()
+    with torch.cuda.graph(graph):
+        result = timed.run(argument)
+    kept = (argument, result)  # the memory that the graph works on
+
+    def replay(_: object, kept=kept) -> None:
+        graph.replay()
+
+    return Timed(timed.setup, replay)
+
+
+class Failed(Exception):
+    """A measurement that could not be made; its text is the reason."""
+
+
+def reason(error: BaseException) -> str:
+    """What a results file says of an error: its kind where the text does not say it, and the first line."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def in_fresh_process(module: str, call: dict, timeout: float | None = None) -> dict:
+    """Runs `python -m module CALL`, both as JSON, and reads the value that it prints last.
+
+    Raises:
+        Failed: the process ended otherwise, or took longer than `timeout` seconds.
+    """
+    command = [sys.executable, "-m", module, json.dumps(call)]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"over the cap of {timeout:.0f} s") from None
     if run.returncode != 0:
-        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{run.stderr}")
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        killed = f"killed by signal {-run.returncode}: " if run.returncode < 0 else ""
+        raise Failed(killed + last[:200])
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def limit_memory(extra: int) -> None:
+    """From here on this process may take `extra` bytes more; beyond that an allocation fails, in place of the machine."""
+    status = Path("/proc/self/status").read_text()
+    data = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (data + extra, data + extra))
+
+
+def available_memory() -> int:
+    """Bytes that this machine could still give to a process."""
+    info = Path("/proc/meminfo").read_text()
+    return next(int(line.split()[1]) * 1024 for line in info.splitlines() if line.startswith("MemAvailable"))
 
 
 def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:

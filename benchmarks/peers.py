@@ -5,14 +5,15 @@ What surrounds the token log-probabilities is the same for all: sequence sums, t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kto_kernels import available_backends, kto_loss
+from kto_kernels import kto_loss
+
+from .selection import Peer, Setting
 
 BETA, KL = 0.1, 0.05
 
@@ -66,34 +67,31 @@ def ours(backend: str, inplace: bool = False) -> LossOf:
     return loss_of
 
 
-def _trl(name: str) -> LossOf:
-    from trl.trainer import utils
-
-    return _from_token_logps(getattr(utils, name))
-
-
-def present(makers: dict[str, Callable[[], Callable]]) -> dict[str, Callable | str]:
-    """Name → what its maker makes, or why it is absent."""
-    found: dict[str, Callable | str] = {}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except (ImportError, AttributeError) as error:
-            found[name] = f"absent: {error}"
-    return found
+def _compiled(setting: Setting) -> LossOf:
+    torch._dynamo.reset()  # after eight shapes it would stop compiling, silently
+    return torch.compile(naive)
 
 
-def peers(device: str) -> dict[str, LossOf | str]:
-    """Name → how it computes the loss, or why it is absent."""
-    found: dict[str, LossOf | str] = {NAIVE: naive}
-    if device == "cpu":
-        return found
-    found["torch.compile of naive"] = torch.compile(naive)
-    names = ("selective_log_softmax", "selective_log_softmax_and_entropy")
-    return found | present({f"TRL {name}": functools.partial(_trl, name) for name in names})
+def _trl(_: Setting) -> LossOf:
+    from trl.trainer.utils import selective_log_softmax  # on a GPU its own kernel
+
+    return _from_token_logps(selective_log_softmax)
 
 
-def backends(device: str) -> list[str]:
-    """Ours that are worth timing on a device: those that run there, but plain PyTorch and what only emulates a GPU."""
-    slow = {"torch"} | ({"triton", "cuda"} if device == "cpu" else set())
-    return [name for name, reason in available_backends(device).items() if reason is None and name not in slow]
+def _quack(setting: Setting) -> LossOf:
+    setting.need_gpu((9, 0), (10, 0))
+    from quack.cross_entropy import cross_entropy
+
+    def token_logps_of(logits: Tensor, labels: Tensor) -> Tensor:
+        flat = (logits.flatten(0, 1), labels.flatten())
+        return -cross_entropy(*flat, reduction="none", inplace_backward=True).view_as(labels)
+
+    return _from_token_logps(token_logps_of)
+
+
+PEERS = {
+    "naive": Peer(NAIVE, lambda _: naive),
+    "compile": Peer("torch.compile of naive", _compiled),
+    "trl": Peer("TRL selective_log_softmax", _trl),
+    "quack": Peer("quack cross_entropy", _quack, inplace=True),
+}

@@ -1,8 +1,10 @@
 """The benchmark's command line, its gate and its report, on small shapes; and its ratios as a guard."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,47 +13,126 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import linear, linear_peers, logits, measure, peers, report, step  # noqa: E402
+from benchmarks import linear, linear_peers, logits, longcontext, measure, memory, peers, report, selection, step  # noqa: E402
+from benchmarks.__main__ import parser  # noqa: E402
+from benchmarks.session import jobs, settle  # noqa: E402
+from benchmarks.shapes import MODELS, Shape, of_model, parse  # noqa: E402
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two that wait for each other take long beside other tests
+TIMES = {"low": 0.1, "median": 0.2, "high": 0.3}
 
 
-def quick_run(benchmark: str, path: Path) -> dict:
+def quick_run(benchmark: str, path: Path, *options: str) -> dict:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", benchmark, "--quick", "--json", str(path)],
+        [sys.executable, "-m", "benchmarks", benchmark, "--quick", "--device", "cpu", "--json", str(path), *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
+        env=ONE_THREAD,
     )
+    assert run.returncode == 0, run.stderr
     result = json.loads(path.read_text())
-    assert {"device", "versions", "commit", "date", "cases", "threads"} <= result.keys()
-    assert "naive" in run.stdout and result["device"][:10] in run.stdout
+    assert {"device", "driver", "versions", "commit", "date", "ceilings", "cases", "threads"} <= result.keys()
+    assert result["device"][:10] in run.stdout
     return result
 
 
 def test_quick_run_prints_and_writes(tmp_path):
-    result = quick_run("logits", tmp_path / "out.json")
+    result = quick_run("logits", tmp_path / "out.json", "--peers", "naive,trl,quack")
     assert [case["dtype"] for case in result["cases"]] == ["fp32", "bf16"]
-    assert len(report.logits_table(result)) == 1 + 2 * 5  # naive, ours three times, the yardstick
+    head, *rows = report.logits_table(result)
+    assert len(rows) == 2 * (2 + 2 + 3 + 1)  # naive and TRL, each with and without backward, ours, the yardstick
+    assert all(case["absent"] == {"quack cross_entropy": "absent: needs a GPU"} for case in result["cases"])
+    shares = [row[head.index("of the ceiling")] for row in rows]
+    assert all(share.endswith(" %") for share, row in zip(shares, rows) if row[0] != "logits.sum()")
 
 
 def test_quick_run_from_hidden_states(tmp_path, monkeypatch):
-    result = quick_run("linear", tmp_path / "linear-cpu.json")
-    assert [(case["dtype"], case["head"]) for case in result["cases"]] == [("fp32", "trained"), ("bf16", "trained")]
+    keys = ("naive", "trl", "torch", "cce", "quack")
+    options = ("--peers", ",".join(keys), "--dtype", "bf16")
+    result = quick_run("linear", tmp_path / "linear-cpu.json", *options)
+    assert [(case["dtype"], case["head"]) for case in result["cases"]] == [("bf16", "trained")]
     floor, mine = "bare GEMMs, 4G", "linear_kto_loss, cpu"
+    asked = {linear_peers.PEERS[key].name for key in keys}
     for case in result["cases"]:
+        assert (case["N"], case["tokens"]) == (128, 192)  # a third of the tokens are prompts
         timed, absent = set(case["seconds"]), set(case["absent"])
         assert {floor, peers.NAIVE, mine} <= timed
-        assert timed | absent == {floor, mine, *linear_peers.peers()} and not timed & absent
-        assert case["peak extra bytes"].keys() == timed - {floor}
+        assert timed | absent == {floor, mine, *asked} and not timed & absent
+        assert case["peak extra bytes"].keys() == timed - {floor} and all(case["peak extra bytes"].values())
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    section = report.section("linear-cpu", report.linear_contents)
+    section = report.section(report.ROOT / "README.md", "linear", "cpu", everything=True)
     assert "LinearPlan" in section and all(f"| {name} | bf16 |" in section for name in timed)
-    assert report.section("linear-cuda", report.linear_contents) == "not measured"
+    assert report.section(report.ROOT / "README.md", "linear", "cuda", everything=True) == "not measured"
 
 
-def test_a_frozen_head_takes_no_gradient(monkeypatch):
-    monkeypatch.setattr(linear, "peers", lambda: {peers.NAIVE: linear_peers.naive})
-    case = linear.run("fp32", *linear.QUICK, linear.FROZEN, 2, lambda: None)
+# Every peer, on a batch with prompts and one without, computes the loss; a softcap is known or refused ───────────────
+
+
+@pytest.mark.parametrize(
+    "key, softcap", [(key, softcap) for key in linear_peers.PEERS for softcap in (None, 2.0) if key != "compile"]
+)
+def test_peers_compute_the_same_or_say_why_not(key, softcap):
+    shape = Shape(16, 12, 40, softcap=softcap)
+    name = linear_peers.PEERS[key].name
+    setting = linear.Setting("cpu", torch.float32, shape)
+    variants, absent = linear.variants_of(setting, (key,), ())
+    if softcap and key in ("liger", "torch"):
+        assert "softcap" in absent[name]
+    elif key in ("liger-scaled", "cce", "quack", "quack-chunked"):
+        assert name in absent
+    else:
+        batch = linear.make_batch(shape, linear.TRAINED, torch.float32)
+        assert (batch.labels == linear_peers.IGNORED).sum() == 8
+        _, refused, _ = linear.gated(batch, variants, "fp32")
+        assert not refused and not absent
+
+
+def test_the_gate_sees_a_softcap_forgotten():
+    batch = linear.make_batch(Shape(16, 12, 40, softcap=2.0), linear.TRAINED, torch.float32)
+
+    def forgets(batch):
+        batch = linear_peers.LinearBatch(**{**vars(batch), "softcap": None})
+        return linear_peers.naive(batch)
+
+    _, refused, _ = linear.gated(batch, {"forgets": forgets}, "fp32")
+    assert "differs" in refused["forgets"]
+
+
+def test_the_gate_sees_a_gradient_of_prompts():
+    batch = linear.make_batch(Shape(16, 12, 40), linear.TRAINED, torch.float32)
+
+    def scores_prompts(batch):
+        return linear_peers.naive(batch) + 1e-3 * (batch.hidden - batch.hidden.detach()).sum()
+
+    _, refused, _ = linear.gated(batch, {"scores prompts": scores_prompts}, "fp32")
+    assert "hidden gradient" in refused["scores prompts"]
+
+
+def test_the_truth_by_slices_is_that_of_autograd(monkeypatch):
+    """fp64 autograd over everything at once against the sliced truth, with slices that do not divide the sizes."""
+    monkeypatch.setattr(linear, "FP64_ROWS", 7)
+    monkeypatch.setattr(linear, "FP64_WORDS", 11)
+    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0), linear.TRAINED, torch.float64)
+    truth = linear.Truth(batch)
+    errors = truth.errors_of(linear.with_gradients(in_fp64, batch))
+    assert set(errors) == {"loss", "hidden gradient", "weight gradient"}
+    assert all(error < 1e-12 for error in errors.values()) and all(scale > 1e-6 for scale in truth.scale.values())
+
+
+def in_fp64(batch):
+    def sums(hidden, weight):
+        z = batch.softcap * torch.tanh(hidden @ weight.T / batch.softcap)
+        logps = z.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+        return (logps * (batch.labels != linear_peers.IGNORED)).sum(-1)
+
+    r = sums(batch.hidden, batch.weight) - sums(batch.ref_hidden, batch.ref_weight)
+    margin = peers.BETA * (r - peers.KL)
+    return (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean()
+
+
+def test_a_frozen_head_takes_no_gradient():
+    case = linear.run(linear.QUICK, "fp32", linear.FROZEN, 2, lambda: None, peers=("naive",))
     assert "bare GEMMs, 3G" in case["seconds"]
     assert all(errors.keys() == {"loss", "hidden gradient"} for errors in case["errors against fp64"].values())
 
@@ -60,20 +141,32 @@ def test_a_failed_gate_times_nothing(monkeypatch):
     monkeypatch.setattr(logits, "ours", lambda *_, **__: lambda batch, x: peers.naive(batch, x) * 1.01)
     monkeypatch.setattr(logits, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
     with pytest.raises(SystemExit, match="gate: kto_loss"):
-        logits.run("fp32", 16, 128, 2, lambda: None)
+        logits.run(Shape(16, 0, 128), "fp32", 2, lambda: None, peers=("naive",))
+
+
+def test_a_peer_that_differs_from_logits_is_left_out(monkeypatch):
+    broken = selection.Peer("broken", lambda _: lambda batch, x: peers.naive(batch, x) * 1.05)
+    monkeypatch.setitem(logits.PEERS, "broken", broken)
+    case = logits.run(Shape(16, 0, 128), "fp32", 2, lambda: None, peers=("naive", "broken"))
+    assert "differs" in case["absent"]["broken"] and not any("broken" in name for name in case["seconds"])
 
 
 def test_a_failed_gate_from_hidden_states(monkeypatch):
-    """Ours wrong: nothing is timed. A peer wrong or failing: it is left out, with the reason."""
-    monkeypatch.setattr(linear, "peers", lambda: PEERS)
-    case = linear.run("fp32", *linear.QUICK, linear.TRAINED, 2, lambda: None)
-    assert "differs" in case["absent"]["wrong"]
-    assert case["absent"] | {"wrong": ""} == {"gone": "absent: x", "broken": "fails: no memory", "wrong": ""}
+    """Ours wrong: nothing is timed. A peer wrong, failing or too slow: it is left out, with the reason."""
+    monkeypatch.setattr(linear, "PEERS", PEERS)
+    case = linear.run(linear.QUICK, "fp32", linear.TRAINED, 2, lambda: None, peers=tuple(PEERS), cap=0.5)
+    assert "differs" in case["absent"]["wrong"] and "over the cap of 0 s" in case["absent"]["slow"]
+    others = {name: why for name, why in case["absent"].items() if name not in ("wrong", "slow")}
+    assert others == {
+        "gone": "absent: needs a GPU",
+        "broken": "fails: RuntimeError: no compiler",
+        "full": "fails: out of memory",
+    }
     assert case["seconds"].keys() == {"bare GEMMs, 4G", "linear_kto_loss, cpu", peers.NAIVE}
     monkeypatch.setattr(linear, "ours", lambda *_: wrong)
     monkeypatch.setattr(linear, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
     with pytest.raises(SystemExit, match="gate: linear_kto_loss"):
-        linear.run("fp32", *linear.QUICK, linear.TRAINED, 2, lambda: None)
+        linear.run(linear.QUICK, "fp32", linear.TRAINED, 2, lambda: None, peers=())
 
 
 def wrong(batch: linear_peers.LinearBatch) -> torch.Tensor:
@@ -81,10 +174,166 @@ def wrong(batch: linear_peers.LinearBatch) -> torch.Tensor:
 
 
 def broken(batch: linear_peers.LinearBatch) -> torch.Tensor:
-    raise RuntimeError("no memory\nand more")
+    raise RuntimeError("no compiler\nand more")
 
 
-PEERS = {peers.NAIVE: linear_peers.naive, "wrong": wrong, "gone": "absent: x", "broken": broken}
+def full(batch: linear_peers.LinearBatch) -> torch.Tensor:
+    raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+
+def slow(batch: linear_peers.LinearBatch) -> torch.Tensor:
+    time.sleep(0.6)
+    return linear_peers.naive(batch)
+
+
+PEERS = {
+    "naive": linear_peers.PEERS["naive"],
+    "gone": selection.Peer("gone", lambda setting: setting.need_gpu()),
+    **{f.__name__: selection.Peer(f.__name__, lambda _, f=f: f) for f in (wrong, broken, full, slow)},
+}
+
+
+# What is asked for ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shapes():
+    assert parse("8,16,32", Shape(1, 1, 1), 1) == [Shape(8, 16, 32)]
+    (gemma,) = parse("gemma-2-9b", Shape(1, 1, 1), 64)
+    assert (gemma.scored, gemma.hidden, gemma.vocab, gemma.softcap) == (64, 3584, 256000, 30.0)
+    assert parse("mixtral-8x7b", Shape(1, 1, 1), 64) == parse("mistral-7b", Shape(1, 1, 1), 64)
+    swept = parse("sweep-v", Shape(8, 16, 32), 1)
+    assert len({shape.vocab for shape in swept}) == len(swept) > 3 and {shape.hidden for shape in swept} == {16}
+    for wrong in ("llama", "8", "8,0,4", "a,b,c"):
+        with pytest.raises(ValueError, match=f"{wrong!r}: expected N,H,V, or one of: smollm2, "):
+            parse(wrong, Shape(1, 1, 1), 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["linear", "--peers", "trl,ligre"], r"'ligre' is not known; expected all, none, or some of: naive, scored,"),
+        (["logits", "--peers", "cce"], r"'cce' is not known"),
+        (["linear", "--backend", "cdua"], r"'cdua' is not known; expected all, none, or some of: triton, cuda, cpu"),
+        (["linear", "--device", "cpu", "--backend", "cuda"], r"'cuda' is not available: "),
+        (["linear", "--dtype", "fp8"], r"'fp8' is not known; expected some of: fp32, bf16, fp16"),
+        (["linear", "--shapes", "8,32"], r"'8,32': expected N,H,V"),
+        (["memory", "--shapes", "llama"], r"'llama': expected N,H,V, or one of: smollm2"),
+    ],
+)
+def test_what_is_not_known_is_an_error_that_names_what_is(options, message, monkeypatch):
+    if "cuda" in options:
+        monkeypatch.setattr("benchmarks.selection.available_backends", lambda _: {"cuda": "no GPU", "cpu": None})
+    args = parser().parse_args(options)
+    with pytest.raises(ValueError, match=message):
+        settle(args, args.benchmark)
+
+
+def test_every_head_is_measured_by_default():
+    for benchmark in (linear, memory):
+        for device in ("cpu", "cuda"):
+            args = parser().parse_args([benchmark.__name__.rsplit(".", 1)[1], "--device", device])
+            settle(args, args.benchmark)
+            models = {job.shape.model for job in jobs(args)}
+            if (benchmark, device) != (memory, "cpu"):  # there `linear` measures their memory
+                assert models >= {of_model(name, 1).model for name in MODELS}
+
+
+# Memory and long contexts ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_out_of_memory_is_a_result():
+    """Two processes that may take 256 MiB: ours goes through where the naive logits do not fit."""
+    shape = Shape(4096, 16, 32768, sequences=1)
+    options = {"dtype": "fp32", "head": linear.TRAINED, "limit": 2**28, "repeats": 2, "cap": 60.0}
+    ours, naive = (linear.point(name, shape, **options) for name in ("linear_kto_loss, cpu", peers.NAIVE))
+    assert naive == {"peak extra bytes": None, "seconds": None, "failed": "out of memory"}
+    assert ours["failed"] is None and ours["seconds"] > 0 and ours["peak extra bytes"] < 2**28
+
+
+def test_a_process_over_its_time_is_a_result():
+    with pytest.raises(measure.Failed, match="over the cap of 0 s"):
+        measure.in_fresh_process("benchmarks.linear", {}, timeout=0.01)
+
+
+def test_long_contexts_go_on_until_a_peer_fails(monkeypatch):
+    """A peer that ran out of memory, or would run out of time, is not run on what is longer."""
+    seconds = {"linear_kto_loss, cpu": 0.01, peers.NAIVE: 0.01, linear_peers.SCORED: 0.01}
+    ran = []
+
+    def point(name, shape, *_):
+        ran.append((name, shape.tokens))
+        failed = "out of memory" if name == peers.NAIVE and shape.tokens > 300 else None
+        took = {linear_peers.SCORED: shape.tokens / 100}.get(name, seconds[name])
+        return {"peak extra bytes": 0 if failed else 8, "seconds": None if failed else took, "failed": failed}
+
+    monkeypatch.setattr(longcontext, "point", point)
+    cases = []
+    longcontext.run(
+        Shape(0, 16, 64), (96, 384, 1536), "fp32", 1, {"gemm flop/s": {"fp32": 1e9}}, cases.append, lambda: None,
+        peers=("naive", "scored"), backends=("cpu",), cap=10.0,
+    )  # fmt: skip
+    failed = [[case["variants"][name]["failed"] for case in cases] for name in (peers.NAIVE, linear_peers.SCORED)]
+    assert failed[0] == [None, "out of memory", "not run: failed at 384 tokens"]
+    assert failed[1][:2] == [None, None] and "over the cap of 10 s" in failed[1][2]
+    assert (peers.NAIVE, 1536) not in ran and ("linear_kto_loss, cpu", 1536) in ran
+    for case in cases:
+        plan = case["plan"]
+        assert case["N"] == 2 * case["tokens"] // 3 and plan["gemm units"] >= 4
+        assert plan["seconds"] == pytest.approx(plan["gemm units"] * 2 * case["N"] * 16 * 64 / 1e9)
+    (title, rows), *_ = report.longcontext_tables({"cases": cases})
+    assert (
+        "H = 16" in title and rows[2][1:] == ["10 ms, 0.0 MiB", "out of memory", "–"] and rows[3][3] == "over the cap"
+    )
+
+
+def test_memory_over_a_sweep(tmp_path):
+    result = quick_run("memory", tmp_path / "memory-cpu.json", "--peers", "naive,cce")
+    (case,) = result["cases"]
+    peaks = case["peak extra bytes"]
+    assert peaks[peers.NAIVE] > peaks["linear_kto_loss, cpu"] > 0 and case["failed"].keys() == {
+        "CCE linear_cross_entropy"
+    }
+    assert case["plan"]["peak bytes"] > 0 and case["sweep"] == "model"
+    ((_, rows),) = report.memory_tables(result)
+    assert [row[0] for row in rows[1:]] == ["linear_kto_loss, cpu", peers.NAIVE, "the plan of ours"]
+
+
+@pytest.mark.alone
+def test_run_gpu_writes_every_file(tmp_path):
+    """The whole script on small shapes: in its order, each command's file is there at the end."""
+    run = subprocess.run(
+        ["benchmarks/run_gpu.sh", str(tmp_path), "--quick", "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**ONE_THREAD, "PYTHON": sys.executable},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    written = {path.name for path in tmp_path.glob("*.json")}
+    assert written == {f"{name}-cpu.json" for name in report.BENCHMARKS}
+    assert "incomplete" not in run.stdout and "failed or cut off" not in run.stdout
+    for path in tmp_path.glob("*.json"):
+        result = json.loads(path.read_text())
+        tables, _ = report.on_screen(result)
+        assert tables and (result["cases"] or result["benchmark"] == "ceilings")
+
+
+def test_run_gpu_stops_at_the_gate(tmp_path):
+    """Nothing is measured behind a gate that failed, and the exit status says so."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho gate: ours differ; exit 1\n")
+    python.chmod(0o755)
+    run = subprocess.run(
+        ["benchmarks/run_gpu.sh", str(tmp_path / "out"), "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": str(python)},
+    )
+    assert run.returncode == 1 and run.stdout.count("== linear") == 2 and "== logits" not in run.stdout
+
+
+# Measuring itself ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.alone
@@ -97,7 +346,7 @@ def test_peak_memory_is_seen():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_guard_against_regressions(dtype):
     """Ratios inside one run, far below the published ones: noise does not trip it, a lost vector loop does."""
-    case = logits.run(dtype, 256, 49152, 11, lambda: None)
+    case = logits.run(Shape(256, 0, 49152), dtype, 11, lambda: None, peers=("naive",))
     seconds = {name: times["low"] for name, times in case["seconds"].items()}
     naive = seconds[f"{peers.NAIVE}, {logits.FRESH}"]
     assert naive / seconds[f"kto_loss, cpu, {logits.INPLACE}"] > 2
@@ -105,14 +354,29 @@ def test_guard_against_regressions(dtype):
     assert naive / seconds[f"kto_loss, cpu, {logits.FORWARD}"] > 3
 
 
+@pytest.mark.alone
+def test_guard_against_regressions_from_hidden_states():
+    """The same from hidden states, in bf16, where the GEMMs leave room: a chunk's passes, or a fourth GEMM, are seen."""
+    case = linear.run(Shape(256, 256, 32768), "bf16", linear.TRAINED, 9, lambda: None, peers=("naive", "scored"))
+    seconds = {name: times["low"] for name, times in case["seconds"].items()}
+    assert seconds[peers.NAIVE] / seconds["linear_kto_loss, cpu"] > 1.5
+    assert seconds[linear_peers.SCORED] / seconds["linear_kto_loss, cpu"] > 1
+
+
 def test_a_training_step(tmp_path):
-    """A tiny model: the gate holds, every figure is there; its times say nothing."""
+    """A tiny model: the gate holds, every figure is there, the parts are those of the step; its times say nothing."""
     pytest.importorskip("trl")
     case = step.run(step.LORA, 2, True, lambda: None)
-    times = {"low": 0.1, "median": 0.2, "high": 0.3}
     assert set(case["seconds"]) == {step.STEP, step.LOSS} and set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
-    case["seconds"] = {part: {step.TRL: times, step.OURS: times} for part in (step.STEP, step.LOSS)}
+    for variant, parts in case["parts"].items():
+        assert set(parts) == {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}
+        whole = case["seconds"][step.STEP][variant]
+        # Of two rounds the medians are means: what is in no part is what the trainer does around them.
+        assert 0.7 * whole["median"] < sum(part["median"] for part in parts.values()) <= 1.001 * whole["median"]
+    case["seconds"] = {part: {step.TRL: TIMES, step.OURS: TIMES} for part in (step.STEP, step.LOSS)}
     case["peak extra bytes"] = {part: {step.TRL: 2**21, step.OURS: 2**20} for part in (step.STEP, step.LOSS)}
     head, theirs, mine = report.step_table({"cases": [case]})
     assert theirs[:2] == [step.TRL, step.LORA] and mine[0] == step.OURS
     assert mine[head.index("/ TRL's")] == "1.00×" and mine[-1] == "1.0 MiB"
+    head, *rows = report.step_parts_table({"cases": [case]})
+    assert len(rows) == 2 and len(head) == 2 + 6 + 2
