@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import NAMES
+from .dtensor import is_dtensor
 from .rows import Rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -25,6 +26,8 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tens
     """`value` is a tensor of one of `dtypes`, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if is_dtensor(value):
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass this rank's part of it, .to_local()")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops, ops, reference
+from . import checks, dtensor, linear_ops, ops, reference
 from .distributed import Ranks
 from .linear import scored_targets
 from .output import KTOOutput
@@ -99,6 +99,9 @@ def kto_loss(
             have B + 1 offsets, into their own tokens. `shift` must be False. Each rank gets the gradient of its tokens.
         backend: "auto", or a name out of `available_backends()`.
 
+    Logits and labels may be DTensors: their rows, and the columns of the vocabulary group, are this rank's; see
+    `kto_kernels.dtensor`.
+
     Returns:
         KTOOutput.
 
@@ -123,13 +126,23 @@ def kto_loss(
         temperature=temperature,
     )
     with ranks.checks(logits):
+        given = logits
+        logits, labels, ref_logits, kl_logits, ref_kl_logits, kl_labels = dtensor.rows(
+            ranks,
+            logits=logits,
+            labels=labels,
+            ref_logits=ref_logits,
+            kl_logits=kl_logits,
+            ref_kl_logits=ref_kl_logits,
+            kl_labels=kl_labels,
+        )
         checks.scoring(shift, ignore_index, temperature, backend)
         count = checks.rows(logits, labels, cu_seqlens)
         scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
         checks.flag("average_log_prob", average_log_prob)
         checks.flag("inplace_backward", inplace_backward)
         if inplace_backward:
-            checks.in_place(logits)
+            checks.in_place(given)
         checks.desirable(desirable, count, logits)
 
         if ref_logits is not None and ref_logps is not None:
@@ -307,6 +320,10 @@ def linear_kto_loss(
             `weight`, `bias` and their references, and the whole `hidden`, whose gradient is whole on every rank.
         backend: "auto", or a name out of `available_backends()`: what scores the chunks. The GEMMs are PyTorch's.
 
+    Hidden states, labels and heads may be DTensors, FSDP2's parameters among them: rows are this rank's; a head is gathered
+    over every dimension of its mesh but the vocabulary group, and its gradient comes back sharded, the mean over those
+    dimensions; see `kto_kernels.dtensor`.
+
     Returns:
         KTOOutput.
 
@@ -338,6 +355,18 @@ def linear_kto_loss(
         outputs=outputs,
     )
     with ranks.checks(hidden):
+        hidden, labels, ref_hidden, kl_hidden, ref_kl_hidden, kl_labels = dtensor.rows(
+            ranks,
+            hidden=hidden,
+            labels=labels,
+            ref_hidden=ref_hidden,
+            kl_hidden=kl_hidden,
+            ref_kl_hidden=ref_kl_hidden,
+            kl_labels=kl_labels,
+        )
+        weight, bias, ref_weight, ref_bias = dtensor.heads(
+            ranks, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+        )
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
         checks.choice("long_sequences", long_sequences, LONG_SEQUENCES)

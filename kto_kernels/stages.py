@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops, ops, reference
+from . import checks, dtensor, linear_ops, ops, reference
 from .distributed import Ranks, sum_over_ranks
 from .output import KTOOutput
 
@@ -42,11 +42,13 @@ def token_logps(
     """
     ranks = Ranks.of(vocab_group=vocab_group, shift=shift, ignore_index=ignore_index, temperature=temperature)
     with ranks.checks(logits):
+        given = logits
+        logits, labels = dtensor.rows(ranks, logits=logits, labels=labels)
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.rows(logits, labels, None, packed=False)
         checks.flag("inplace_backward", inplace_backward)
         if inplace_backward:
-            checks.in_place(logits)
+            checks.in_place(given)
     shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, dtype=logits.dtype)
     return logits_scores(
         logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
@@ -91,6 +93,8 @@ def linear_token_logps(
         temperature=temperature,
     )
     with ranks.checks(hidden):
+        hidden, labels = dtensor.rows(ranks, hidden=hidden, labels=labels)
+        weight, bias = dtensor.heads(ranks, weight=weight, bias=bias)
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
         checks.head(hidden, weight, bias)

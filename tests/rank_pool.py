@@ -1,7 +1,9 @@
 """Four processes with gloo between them, started once a session: `pool().run(function, *arguments)` calls
-`function(rank, *arguments)` on each of the first `ranks` and returns what they returned.
+`function(rank, *arguments)` on each of the first `ranks` and returns what they returned. With two GPUs or more it is
+NCCL between processes with a GPU each, two of them or four.
 
-The functions live in test modules, at the top level; arguments and results go through pickle.
+The functions live in test modules, at the top level; arguments and results go through pickle. Tensors are put on the
+rank's `device()`: `shard_harness.run` does so with what it is given.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-RANKS = 4
+GPUS = torch.cuda.device_count() if dist.is_nccl_available() else 0
+NCCL = GPUS >= 2
+RANKS = 2 if GPUS in (2, 3) else 4
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all")
 SECONDS = 120  # for one call
 TIMEOUT = datetime.timedelta(seconds=20)  # of a collective
 
 # Not beside other tests: ranks that wait for each other on busy cores are slow.
-distributed = pytest.mark.alone
+distributed = [pytest.mark.alone, *([pytest.mark.gpu] if NCCL else [])]
 
 
 class Failed(AssertionError):
@@ -36,7 +40,10 @@ class Failed(AssertionError):
 
 def _work(rank: int, file: str, connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=TIMEOUT)
+    if NCCL:
+        torch.cuda.set_device(rank)
+    backend = "cuda:nccl,cpu:gloo" if NCCL else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=TIMEOUT)
     dist.barrier()
     while (task := connection.recv()) is not None:
         function, arguments, ranks = task
@@ -60,7 +67,9 @@ class Pool:
             self.connections.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable, *arguments: Any, ranks: int = RANKS) -> list:
+    def run(self, function: Callable, *arguments: Any, ranks: int = 4) -> list:
+        if ranks > RANKS:
+            pytest.skip(f"needs {ranks} GPUs, there are {GPUS}")
         for connection in self.connections:
             connection.send((function, arguments, ranks))
         results = []
@@ -68,7 +77,10 @@ class Pool:
             if not connection.poll(SECONDS):
                 self.close()
                 raise Failed(f"rank {rank} of {function.__name__} has not answered in {SECONDS} s")
-            results.append(connection.recv())
+            try:
+                results.append(connection.recv())
+            except EOFError:
+                results.append((False, "it ended without an answer"))
         failed = [f"rank {rank}:\n{what}" for rank, (good, what) in enumerate(results) if not good]
         if failed:
             self.close()  # the others may be in the middle of a collective
@@ -86,6 +98,11 @@ def pool() -> Pool:
     started = Pool()
     atexit.register(started.close)
     return started
+
+
+def device() -> torch.device:
+    """Inside a rank: where its tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if NCCL else torch.device("cpu")
 
 
 @functools.cache

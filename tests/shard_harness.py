@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from harness import Problem, upstream
 from linear_harness import LinearProblem
+from rank_pool import device
 from torch import Tensor
 
 from kto_kernels import KTOOutput, kto_loss, linear_kto_loss
@@ -80,8 +81,9 @@ def some_tokens(given: Arguments, begin: float, end: float) -> Arguments:
 
 
 def run(given: Arguments, trained: tuple[str, ...] = LEAVES, **options: Any) -> tuple[KTOOutput, dict[str, Tensor]]:
-    """The loss and the gradients of the leaves among `trained`. Logits are no leaf, so that they may be overwritten."""
-    call = dict(given)
+    """The loss and the gradients of the leaves among `trained`, on the rank's device. Logits are no leaf, so that they
+    may be overwritten."""
+    call = {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in given.items()}
     leaves = {name: call.pop(name).detach().clone().requires_grad_(name in trained) for name in LEAVES if name in given}
     labels, desirable = call.pop("labels"), call.pop("desirable")
     if "logits" in leaves:

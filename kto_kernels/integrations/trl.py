@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, dtensor, reference
+from ..distributed import Ranks
 from ..loss import linear_kto_loss
 from ..stages import linear_scores
 from .patching import Patch, check_call, holders, load, original, undo, version
@@ -61,6 +62,7 @@ class ChunkedLogProbFunction:
             TypeError, ValueError: as `linear_token_logps`.
             NotImplementedError: the head is trained under DeepSpeed ZeRO-3, which gathers it in the forward only.
         """
+        weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
         checks.head(hidden, weight, bias)
         checks.hidden_rows(hidden, targets, None, packed=False)
         if weight.requires_grad and torch.is_grad_enabled() and hasattr(weight, "ds_id"):
@@ -116,7 +118,8 @@ def patch_trl() -> Patch:
     for module, name in list(holders(theirs)):
         if module.__name__.startswith("trl.") and not module.__name__.endswith("chunked_logprob"):
             patch.replace(module, name, ChunkedLogProbFunction)
-    patch.replace(trl_utils, "_use_triton", _compact)
+    for name, ours in _AROUND.items():
+        patch.replace(trl_utils, name, ours)
     return patch
 
 
@@ -128,6 +131,11 @@ def unpatch_trl() -> None:
 def _compact(device: torch.device) -> bool:
     """Whether TRL's fused head leaves out the tokens that no label scores: it does where its own kernels run."""
     return True
+
+
+# TRL gathers a sharded head (FSDP2, outside of its unsharded window) without reducing its gradient over the ranks: to us
+# it comes as it is.
+_AROUND = {"_use_triton": _compact, "DTensor": ()}
 
 
 # KTO, its loss inside the forward ──────────────────────────────────────────────────────────────────────────────────────
@@ -192,7 +200,7 @@ class _Policy:
 
 @contextlib.contextmanager
 def _scored_by(function: Any) -> Iterator[None]:
-    with mock.patch.multiple(trl_utils, _ChunkedLogProbFunction=function, _use_triton=_compact):
+    with mock.patch.multiple(trl_utils, _ChunkedLogProbFunction=function, **_AROUND):
         yield
 
 
