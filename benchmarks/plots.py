@@ -175,12 +175,13 @@ def shape_of(case: dict, *but: str) -> str:
     return "\n".join(" · ".join(line) for line in lines if line)
 
 
-def measured_ticks(axes: Axes, xs: Iterable[float], text: Callable) -> None:
-    """A logarithmic x-axis with ticks at points that were measured, from the last on as many as have room."""
+def measured_ticks(axes: Axes, xs: Iterable[float], text: Callable, letters: int = 18) -> None:
+    """A logarithmic x-axis with ticks at points that were measured, from the last on as many as have room where so many
+    letters, well apart, fill the axis."""
     xs = sorted(set(xs))
-    room = math.log(xs[-1] / xs[0]) / 18 * max(len(text(x)) for x in xs)
+    room = math.log(xs[-1] / xs[0]) / letters * max(len(text(x)) for x in xs)
     kept = [xs[-1]]
-    for x in reversed(xs):
+    for x in reversed(xs[:-1]):
         if math.log(kept[-1] / x) >= room:
             kept.append(x)
     axes.set_xscale("log", base=2)
@@ -456,10 +457,13 @@ def linear_picture(result: dict, head: str, cases: list[dict]) -> Figure:
 Point = tuple[int, float | None, str | None]  # x, what was measured there, why it failed
 
 
-def sweep(axes: Axes, series: dict[str, list[Point]], plan: list[tuple[int, float]], xtext, ytext, width: int) -> None:
+def sweep(
+    axes: Axes, series: dict[str, list[Point]], plan: list[tuple[int, float]], xtext, ytext, narrow: bool
+) -> None:
     """Lines on two logarithmic axes, in the order of x. A cross ends the line of what failed further on, and its name
     says why; the name of what never worked stands alone."""
-    measured_ticks(axes, [x for x, _ in plan], xtext)
+    width, letters = (25, 18) if narrow else (31, 50)  # of a name; as `measured_ticks` has it
+    measured_ticks(axes, [x for x, _ in plan], xtext, letters)
     axes.set_yscale("log")
     for name, points in series.items():
         done = [(x, y) for x, y, _ in points if y]  # none of 0 bytes: they have no place on a logarithmic axis
@@ -530,7 +534,7 @@ def memory_sweeps(result: dict, head: str, sweeps: list[tuple[str, list[dict]]])
             for name in variants
         }
         axes.set(title=f"against {name} · {shape_of(cases[0], key)}", xlabel=label)
-        sweep(axes, series, [(case[key], case["plan"]["peak bytes"]) for case in cases], text, size, 25)
+        sweep(axes, series, [(case[key], case["plan"]["peak bytes"]) for case in cases], text, size, narrow=True)
     return picture.finish()
 
 
@@ -587,7 +591,7 @@ def longcontext_picture(result: dict, head: str, cases: list[dict]) -> Figure:
             for name in dict.fromkeys(name for case in cases for name in case["variants"])
         }
         axes.set(title=f"{what} · {shape}", xlabel="tokens")
-        sweep(axes, series, [(case["tokens"], case["plan"][planned]) for case in cases], count, text, 31)
+        sweep(axes, series, [(case["tokens"], case["plan"][planned]) for case in cases], count, text, narrow=False)
     return picture.finish()
 
 
