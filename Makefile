@@ -7,7 +7,7 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test test-versions test-gpu demo bench report lint clean
+.PHONY: test test-versions test-gpu sanitize demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
@@ -15,6 +15,9 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	PYTHON=$(BIN)/python tests/native/run.sh
 
 test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory and ms-swift, in .venv-versions/
 	PYTHON=$(PYTHON) tests/versions/run.sh
@@ -38,7 +41,7 @@ lint: $(VENV)/test.stamp
 	$(PIP) -e .[dev] --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output kto_kernels/*.so

@@ -4,6 +4,8 @@ KTO_KERNELS_CPU=0    build without the C++ CPU kernels
 KTO_KERNELS_CUDA=0   build without the CUDA kernels; 1: fail without nvcc (default: built where nvcc is found)
 KTO_KERNELS_CUDA_EMULATION=1  build the host's emulation of the CUDA kernels, which tests run
 KTO_KERNELS_WERROR=1 treat compiler warnings as errors
+KTO_KERNELS_SANITIZE=address,undefined  build under these sanitizers (-fsanitize), in folders of its own: build/*-address,
+                     and with `build --build-lib FOLDER` a package beside the tree's (tests/native/run.sh)
 CXX                  the C++20 compiler, GCC or Clang (default: c++, g++, clang++, the first found)
 """
 
@@ -90,7 +92,9 @@ class NinjaBuild(build_ext):
 
         compiler = find_compiler()
         # Not self.build_temp: an editable install deletes that, and with it what need not be compiled again.
-        build_dir = ROOT.resolve() / "build" / sys.implementation.cache_tag / ext.name
+        sanitizers = os.environ.get("KTO_KERNELS_SANITIZE", "")
+        folder = "-".join(filter(None, (sys.implementation.cache_tag, sanitizers.split(",")[0])))
+        build_dir = ROOT.resolve() / "build" / folder / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,10 @@ class NinjaBuild(build_ext):
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         flags += [f"-isystem{path}" for path in includes]
         link = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
+
+        if sanitizers:
+            flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+            link.append(f"-fsanitize={sanitizers}")
 
         def escape(text: object) -> str:
             return re.sub(r"([$: \n])", r"$\1", str(text))

@@ -1,6 +1,7 @@
 """Validation: every argument is checked before any work, and the error names it and says what was expected.
 
-TypeError for what has the wrong type or dtype, ValueError for what has the wrong shape, device, range or company.
+TypeError for what has the wrong type or dtype, ValueError for what has the wrong shape, device, range or company,
+NotImplementedError for what is right and not supported.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from .backends import NAMES
 from .dtensor import is_dtensor
@@ -33,6 +36,22 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tens
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as for the logits, got {value.device}")
+
+
+def reverse_mode(name: str, value: Tensor) -> None:
+    """`value` is not being differentiated by `torch.func` or in forward mode: the operators know neither. They would
+    drop a tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    inner, followed = value, False
+    while functorch.is_functorch_wrapped_tensor(inner):
+        followed = followed or functorch.is_gradtrackingtensor(inner)
+        inner = functorch.get_unwrapped(inner)
+    if followed or forward_ad.unpack_dual(inner).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: torch.func.grad, vjp, jvp and forward-mode derivatives are not supported; use backward() or "
+            "torch.autograd.grad, or the stages of kto_kernels.reference, which are plain PyTorch"
+        )
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -135,6 +154,9 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", 
     if bias is not None:
         tensor(f"{prefix}bias", bias, FLOATS, like=hidden)
         shape(f"{prefix}bias", bias, weight.shape[:1], "one per token of the vocabulary")
+        reverse_mode(f"{prefix}bias", bias)
+    reverse_mode(name, hidden)
+    reverse_mode(f"{prefix}weight", weight)
 
 
 def reference_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor) -> None:
@@ -199,6 +221,7 @@ def vocabulary(name: str, logits: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(
             f"{name}: expected stride 1 along the vocabulary, got {logits.stride(-1)}; pass {name}.contiguous()"
         )
+    reverse_mode(name, logits)
 
 
 def sequences(name: str, value: Tensor, count: int, meaning: str, like: Tensor) -> None:

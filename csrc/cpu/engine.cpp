@@ -5,6 +5,7 @@
 
 #ifndef _WIN32
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -32,6 +33,12 @@ std::vector<const Kernels*> available() {
   return tables;
 }
 
+#ifndef _WIN32
+// A forked child has none of its parent's threads, and OpenMP would wait for them for ever.
+bool forked = false;
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 // Runs work(argument) on `workers` threads at once, this one among them.
 //
 // torch's own OpenMP team does it where it can be found in the process: its idle threads spin for
@@ -41,7 +48,7 @@ void run_team(int workers, void (*work)(void*), void* argument) {
 #ifndef _WIN32
   using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
   static const auto openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  if (openmp != nullptr) return openmp(work, argument, unsigned(workers), 0);
+  if (openmp != nullptr && !forked) return openmp(work, argument, unsigned(workers), 0);
 #endif
   std::vector<std::thread> team;
   team.reserve(workers - 1);

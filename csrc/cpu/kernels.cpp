@@ -51,7 +51,7 @@ struct Running {
   }
 
   // Joins the lanes and returns fresh ones.
-  Lanes raise(Floats u, Lanes lanes) {
+  Lanes raise(Floats u, const Lanes& lanes) {
     join(lanes);
     highest_u = reduce_max(u);
     const double raised = double(highest_u) * outer;

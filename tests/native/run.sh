@@ -1,0 +1,98 @@
+#!/bin/bash
+# The native code under sanitizers. Usage: tests/native/run.sh [address|thread|python|fuzz]..., the first three by
+# default.
+#   address  COUNT random problems through every C++ entry point, and as many through the CUDA kernels' emulation,
+#            under AddressSanitizer and UndefinedBehaviorSanitizer
+#   thread   under ThreadSanitizer: callers and threads of the CPU engine, and the CUDA kernels with a host thread for
+#            each thread of a block; RACES problems each
+#   python   the native tests of the suite, in a package built as for `address`
+#   fuzz     as `address`, guided by coverage: libFuzzer, MINUTES for each program; CXX must be a Clang
+# A planted defect comes first: it must be found. SEED is that of the first problem; PYTHON and CXX choose the
+# interpreter and the compiler. The tree's own extensions stay as they are.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-python3}
+export CXX=${CXX:-c++}
+export KTO_KERNELS_WERROR=1 KTO_KERNELS_CUDA=0 KTO_KERNELS_CUDA_EMULATION=1
+export ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 TSAN_OPTIONS=halt_on_error=1
+[ $# -gt 0 ] || set -- address thread python
+native=tests/native
+
+# build SANITIZERS: the package in build/sanitized-FIRST, and the objects of its extensions.
+build() {
+    local name=${1%%,*} output
+    output=$(KTO_KERNELS_SANITIZE=$1 $PYTHON setup.py --quiet build --build-lib "build/sanitized-$name" 2>&1) ||
+        { echo "$output"; exit 1; }
+    objects=build/$($PYTHON -c 'import sys; print(sys.implementation.cache_tag)')-$name
+    cpu=$(ls "$objects"/kto_kernels._cpu/{engine,stages,kernels_*}.o)
+    cuda=$objects/kto_kernels._cuda_emulation/emulation.o
+}
+
+# program NAME SANITIZERS SOURCES AND OBJECTS...
+program() {
+    local name=$1 sanitizers=$2
+    shift 2
+    $CXX -std=c++20 -g -O1 -Wall -Wextra -Werror -pthread -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" \
+        -ldl -o "$objects/$name"
+}
+
+# finds DEFECT MESSAGE PROGRAM: planted there, it is found.
+finds() {
+    local output
+    output=$(PLANT=$1 "$objects/$3" 2>&1) && { echo "$3 did not find a planted $1"; exit 1; }
+    grep -q "$2" <<< "$output" || { echo "$output"; exit 1; }
+}
+
+for what in "$@"; do
+    echo "== $what"
+    case $what in
+    address)
+        build address,undefined
+        program fuzz_cpu address,undefined $native/fuzz_cpu.cpp $native/main.cpp $cpu
+        program fuzz_cuda address,undefined $native/fuzz_cuda.cpp $native/main.cpp $cuda
+        for name in fuzz_cpu fuzz_cuda; do
+            finds overflow heap-buffer-overflow $name
+            finds undefined "signed integer overflow" $name
+            "$objects/$name" "${COUNT:-20000}" "${SEED:-1}"
+        done
+        ;;
+    thread)
+        build thread
+        program races_cpu thread $native/races_cpu.cpp $native/main.cpp $cpu
+        program races_cuda thread $native/fuzz_cuda.cpp $native/launch_threads.cpp $native/main.cpp
+        for name in races_cpu races_cuda; do
+            finds race "data race" $name
+            "$objects/$name" "${RACES:-12}" "${SEED:-1}"
+        done
+        ;;
+    python)
+        build address,undefined
+        # The sanitizers' runtime comes before Python itself, which is not built with it and does leak.
+        preload=""
+        for library in libasan libubsan libstdc++; do preload+=" $($CXX -print-file-name=$library.so)"; done
+        sanitized=(env LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0
+            PYTHONPATH="$PWD/build/sanitized-address" "$PYTHON" -P)
+        "${sanitized[@]}" -c 'import kto_kernels._cpu as c, kto_kernels._cuda_emulation as e
+assert all("/sanitized-address/" in module.__file__ for module in (c, e))'
+        # nvcc does not bear the preload: the two tests that start it are left out.
+        "${sanitized[@]}" -m pytest -q -n 2 -p no:cacheprovider -m "not alone and not gpu" -k "not triton" \
+            --deselect tests/test_cuda.py::test_no_kernel_spills_or_uses_local_memory \
+            --deselect tests/test_cuda.py::test_bf16_kernels_move_vectors_of_16_bytes \
+            tests/test_{cpu,cuda,chunk,kto_loss,layouts,numerics,scale}.py
+        ;;
+    fuzz)
+        build fuzzer-no-link,address,undefined
+        program fuzz_cpu fuzzer,address,undefined $native/fuzz_cpu.cpp $cpu
+        program fuzz_cuda fuzzer,address,undefined $native/fuzz_cuda.cpp $cuda
+        for name in fuzz_cpu fuzz_cuda; do
+            mkdir -p "build/corpus/$name"
+            "$objects/$name" -max_total_time=$((60 * ${MINUTES:-5})) -max_len=64 -print_final_stats=1 \
+                -artifact_prefix=build/corpus/ "build/corpus/$name"
+        done
+        ;;
+    *)
+        echo "unknown: $what"
+        exit 2
+        ;;
+    esac
+done
