@@ -670,6 +670,7 @@ def figures(result: dict) -> dict[str, Figure]:
 
 
 def digest(result: dict) -> str:
+    """What a picture's file holds, to say which results it shows."""
     return "sha256:" + hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
@@ -681,9 +682,3 @@ def draw(result: dict, folder: Path = RESULTS) -> list[Path]:
         with matplotlib.rc_context(STYLE):
             figure.savefig(paths[-1], metadata={"Date": None, "Creator": None, "Identifier": digest(result)})
     return paths
-
-
-def stale(result: dict, folder: Path = RESULTS) -> list[Path]:
-    """Pictures of these results that are missing or show others."""
-    paths = [folder / name for name in figures(result)]
-    return [path for path in paths if not path.exists() or digest(result) not in path.read_text()]
