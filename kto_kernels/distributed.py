@@ -11,6 +11,8 @@ that they raise too instead of waiting for it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from . import checks, reference
 
+_BITS = 62  # of a header's number that say which sequences a rank has tokens of
 _DIGEST = (1 << 20) - 1  # squares of digests, summed over thousands of ranks, are exact in fp64
 
 
@@ -56,6 +59,11 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def by_name(name: str | None) -> dist.ProcessGroup | None:
+    """The group behind its `group_name`, which operators are given instead: their schemas know no groups."""
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+
+
 def group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
@@ -82,6 +90,8 @@ class Ranks:
     context: dist.ProcessGroup | None = None
     process: dist.ProcessGroup | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    # With a context group, after `agree`: (B,) which sequences have tokens on this rank and on others.
+    open_sequences: list[bool] | None = None
 
     @classmethod
     def of(
@@ -138,16 +148,23 @@ class Ranks:
                 _gather(_header(kind, failed=True), group)
 
     def agree(
-        self, labels: Tensor, kl_labels: Tensor | None, columns: int, ignore_index: int, **layout: Any
+        self,
+        labels: Tensor,
+        kl_labels: Tensor | None,
+        columns: int,
+        ignore_index: int,
+        cu_seqlens: Tensor | None = None,
+        kl_cu_seqlens: Tensor | None = None,
+        **layout: Any,
     ) -> VocabShard | None:
         """Compares options and layout within the vocabulary and the context group, and checks that the labels are in
-        the vocabulary of all ranks. With such a group it waits for the device.
+        the vocabulary of all ranks, and the offsets. With such a group it waits for the device.
 
         Returns:
             With a vocabulary group, where this rank's `columns` of the logits are.
 
         Raises:
-            ValueError: a label is outside the vocabulary (seen on the CPU only).
+            ValueError: a label is outside the vocabulary, or offsets do not rise from 0 to N (seen on the CPU only).
             RuntimeError: on every rank, where another one's checks failed or what it was given is not what the others
                 were: options, layout, and in a vocabulary group the labels.
         """
@@ -160,7 +177,7 @@ class Ranks:
             same = self._same(layout | {"shapes of labels and kl_labels": shapes})
             header = _header(labels.device, same, columns, torch.cat(everything))
             with Ranks(context=self.context, process=self.process)._telling(labels.device):
-                sizes = _compare("vocab_group", self.vocab, header, same)
+                sizes, _ = _compare("vocab_group", self.vocab, header, same)
             mine = dist.get_rank(self.vocab)
             shard = VocabShard(self.vocab, sum(sizes[:mine]), sum(sizes))
             columns = shard.vocab
@@ -168,15 +185,31 @@ class Ranks:
             checks.label_values(labels, columns, ignore_index)
             if kl_labels is not None:
                 checks.label_values(kl_labels, columns, ignore_index, "kl_")
-        self.agree_on(labels.device, **layout)
+            for prefix, offsets, its_labels in (("", cu_seqlens, labels), ("kl_", kl_cu_seqlens, kl_labels)):
+                if offsets is not None:
+                    checks.offset_values(f"{prefix}cu_seqlens", offsets, its_labels.numel())
+        if self.context is not None:
+            here = reference.per_sequence(labels != ignore_index, cu_seqlens) > 0
+            self.agree_on(labels.device, here, **layout)
         return shard
 
-    def agree_on(self, device: torch.device, **layout: Any) -> None:
-        """The context group's part of `agree`."""
-        if self.context is not None:
-            same = self._same(layout)
-            with Ranks(process=self.process)._telling(device):
-                _compare("context_group", self.context, _header(device, same), same)
+    def agree_on(self, device: torch.device, here: Tensor | None = None, **layout: Any) -> None:
+        """The context group's part of `agree`: `here` (B,) says which sequences have tokens on this rank."""
+        if self.context is None:
+            return
+        same = self._same(layout)
+        header = _header(device, same)
+        if here is not None:
+            # A header holds few bits: many sequences share them, with neighbours, and are open where one of these is.
+            bit = torch.arange(len(here), device=device) * _BITS // max(_BITS, len(here))
+            bits = header.new_zeros(_BITS).scatter_reduce_(0, bit, here.long(), "amax")
+            header[4] = (bits << torch.arange(_BITS, device=device)).sum()
+        with Ranks(process=self.process)._telling(device):
+            _, held = _compare("context_group", self.context, header, same)
+        if here is not None:
+            mine = held.pop(dist.get_rank(self.context))
+            common = mine & functools.reduce(operator.or_, held)
+            self.open_sequences = [bool(common >> k & 1) for k in bit.tolist()]
 
     def _same(self, layout: dict[str, Any]) -> dict[str, str]:
         return {name: _said(value) for name, value in (self.options | layout).items()}
@@ -223,8 +256,8 @@ def _digest(same: dict[str, str]) -> int:
 
 def _header(
     device: torch.device | str, same: dict | None = None, columns: int = 0, labels: Tensor | None = None, failed=False
-) -> Tensor:  # (4,)
-    header = torch.tensor([failed, _digest(same or {}), columns, 0], dtype=torch.int64, device=device)
+) -> Tensor:  # (5,)
+    header = torch.tensor([failed, _digest(same or {}), columns, 0, 0], dtype=torch.int64, device=device)
     if labels is not None:
         places = torch.arange(1, labels.numel() + 1, device=device)
         header[3] = (labels.flatten() * places).sum()  # a checksum: labels of another batch would pass unseen
@@ -238,17 +271,17 @@ def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def _compare(name: str, group: dist.ProcessGroup, header: Tensor, same: dict[str, str]) -> list[int]:
-    """Each rank's columns, if all agree."""
+def _compare(name: str, group: dist.ProcessGroup, header: Tensor, same: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Each rank's columns, and bits of its sequences, if all agree."""
     headers = _gather(header, group).tolist()
     failed = [rank for rank, (bad, *_) in enumerate(headers) if bad]
     if failed:
         raise RuntimeError(f"{name}: the checks of rank {failed} of the group failed; their own errors say why")
     if len({digest for _, digest, *_ in headers}) > 1:
         raise RuntimeError(_difference(name, group, same))
-    if len({checksum for *_, checksum in headers}) > 1:
+    if len({checksum for *_, checksum, _ in headers}) > 1:
         raise RuntimeError(f"{name}: expected the same labels on every rank of the group, got different ones")
-    return [columns for _, _, columns, _ in headers]
+    return [columns for _, _, columns, *_ in headers], [bits for *_, bits in headers]
 
 
 def _difference(name: str, group: dist.ProcessGroup, same: dict[str, str]) -> str:
@@ -304,3 +337,14 @@ class _SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The all-reduced sum, through which each rank's gradient reaches its own values; without a group, the values."""
     return values if group is None else _SumOverRanks.apply(values, group)
+
+
+def sums_over_ranks(
+    total: Tensor, count: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """Stage 2 over the ranks of a context group: (B,) sums, and the numbers of scored tokens where they are wanted, by
+    one all-reduce of fp64."""
+    if group is None:
+        return total, count
+    summed = sum_over_ranks(torch.stack([total] if count is None else [total, count.to(total.dtype)]), group)
+    return summed[0], None if count is None else summed[1]

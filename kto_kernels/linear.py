@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
 from .backends.base import Backend
+from .distributed import sums_over_ranks
 from .plan import Chunk, LinearPlan, Task
 from .rows import LossOptions, Scale
 
 # Rows and columns at a time where a product is rounded to 16 bits before it is added: the tile stays in the cache.
 _TILE = 1024
+# The largest coefficient that is left to fp16 products beside one of 1: it may be this small.
+_SMALLEST = 2.0**-40
 # Logits at a time where a gradient is made by plain PyTorch, which takes several times their memory.
 _ENTROPY_ELEMENTS = 1 << 22
 
@@ -142,6 +146,11 @@ class HeadGradient:
                 mine.addcmul_(theirs, factor)
             setattr(other, name, None)
 
+    def scale_(self, factor: Tensor) -> None:
+        for total in (self.weight, self.bias):
+            if total is not None:
+                total.mul_(factor)
+
     def result(self, weight: Tensor, bias: Tensor | None, unit: Tensor | None) -> tuple[Tensor, Tensor]:
         """(dW, db) in the dtypes of the head as it was given; zeros where no row came, empty where not needed. Those
         of an fp16 head stay fp32: what scales them up against underflow comes later."""
@@ -199,6 +208,10 @@ class Coefficients(Protocol):
     def of_sequence(self, sequence: int) -> Tensor:  # ()
         """Of every row of a sequence."""
 
+    def exchange(self, logps: Tensor) -> Tensor | None:  # ()
+        """Every row of this rank is scored, and every sequence is closed when the other ranks have said what theirs sum
+        to. Returns what the sums made so far are to be scaled by, if at all."""
+
 
 @dataclass
 class KnownCoefficients:
@@ -214,6 +227,8 @@ class KnownCoefficients:
 
     def of_sequence(self, sequence):
         raise AssertionError("no sequence waits for a coefficient that is known")
+
+    exchange = of_sequence
 
 
 @dataclass
@@ -239,46 +254,60 @@ class LossCoefficients:
 
     def __init__(
         self,
-        lengths: list[int],
+        lengths: list[int],  # on this rank
         ref_logps: Tensor | None,  # (B,)
         z0: Tensor,  # ()
         desirable: Tensor,  # (B,) bool
         options: LossOptions,
         unit: float,  # they are divided by it
         dtype: torch.dtype,  # fp32, or fp64
+        group: dist.ProcessGroup | None = None,  # the ranks that the sequences' tokens are spread over
     ) -> None:
         device = desirable.device
         self.starts = [0, *itertools.accumulate(lengths)]
         self.offsets = torch.tensor(self.starts, device=device)
         self.lengths = self.offsets.diff()
         self.ref_logps, self.z0, self.desirable, self.options = ref_logps, z0, desirable, options
-        self.unit, self.dtype = unit, dtype
-        self.slopes = torch.zeros(len(lengths), dtype=torch.float64, device=device)
+        self.unit, self.dtype, self.group = unit, dtype, group
+        self.logps, self.slopes = (torch.zeros(len(lengths), dtype=torch.float64, device=device) for _ in range(2))
 
-    def sequence_logps(self, logps: Tensor, first: int, last: int) -> Tensor:
-        """Stage 2 of sequences [first, last)."""
+    def _sums(self, logps: Tensor, first: int, last: int) -> Tensor:
         begin, end = self.starts[first], self.starts[last]
-        total = reference.per_sequence(logps[begin:end], self.offsets[first : last + 1] - begin)
-        return total / self.lengths[first:last].clamp(min=1) if self.options.average_log_prob else total
+        return reference.per_sequence(logps[begin:end], self.offsets[first : last + 1] - begin)
 
-    def close(self, logps, chunk):
-        first, last = chunk.sequences
-        r = reference.log_ratio(
-            self.sequence_logps(logps, first, last), None if self.ref_logps is None else self.ref_logps[first:last]
-        )
+    def _close(self, first: int, last: int, total: Tensor, lengths: Tensor) -> None:
+        """Stages 2 to 5 of sequences [first, last): their sums and lengths are known."""
+        average = self.options.average_log_prob
+        logps = reference.mean_logps(total, lengths) if average else total
+        r = reference.log_ratio(logps, None if self.ref_logps is None else self.ref_logps[first:last])
         slopes = reference.loss_slope(r, self.z0, self.desirable[first:last], self.options.beta, self.options.weights)
         if self.options.reduction == "mean":
             slopes = slopes / max(1, len(self.slopes))
-        if self.options.average_log_prob:
-            slopes = slopes / self.lengths[first:last].clamp(min=1)
-        self.slopes[first:last] = slopes
+        self.logps[first:last] = logps
+        self.slopes[first:last] = reference.mean_logps(slopes, lengths) if average else slopes
+
+    def close(self, logps, chunk):
+        first, last = chunk.sequences
+        self._close(first, last, self._sums(logps, first, last), self.lengths[first:last])
+
+    def exchange(self, logps):
+        count = len(self.slopes)
+        lengths = self.lengths if self.options.average_log_prob else None
+        self._close(0, count, *sums_over_ranks(self._sums(logps, 0, count), lengths, self.group))
+        if self.unit == 1.0:
+            return None
+        # Over its length on all ranks a sequence's coefficient may be far smaller than it could have been on this one.
+        largest = torch.where(self.lengths > 0, self.slopes.abs(), 0.0).amax() if count else self.slopes.new_zeros(())
+        before, self.unit = self.unit, torch.exp2(largest.log2().floor()).clamp(min=_SMALLEST * self.unit)
+        return before / self.unit
 
     def of_rows(self, chunk):
         first, last = chunk.sequences
         slopes = (self.slopes[first:last] / self.unit).to(self.dtype)
         if last - first == 1:
             return slopes.expand(chunk.rows)
-        return slopes.repeat_interleave(self.lengths[first:last], output_size=chunk.rows)
+        rows = self.offsets[first : last + 1].clamp(chunk.start, chunk.stop).diff()
+        return slopes.repeat_interleave(rows, output_size=chunk.rows)
 
     def of_sequence(self, sequence):
         return self.slopes[sequence] / self.unit
@@ -304,12 +333,41 @@ def walk(
     }
     hidden = torch.zeros(rows.hidden.shape if needs.hidden else 0, dtype=rows.hidden.dtype, device=device)
     flat = hidden.view(-1, hidden.shape[-1]) if needs.hidden else hidden
-    total, apart = HeadGradient(needs, plan.weight_gradient_dtype), HeadGradient(needs, float_dtype)
-    most = max((chunk.rows for chunk in plan.chunks), default=0)
-    buffer = backend.empty((most, head.weight.shape[0]), dtype, device)
+    total = HeadGradient(needs, plan.weight_gradient_dtype)
+    apart: dict[int, HeadGradient] = {}  # of sequences that are still open, unscaled
+    kept: list[tuple[Chunk, Tensor]] = []  # chunks whose gradients wait in the buffer, one behind the other
+    buffer = backend.empty((plan.buffer_rows, head.weight.shape[0]), dtype, device)
+
+    def form(chunk: Chunk, gradient: Tensor, h: Tensor) -> None:
+        if needs.head:
+            sequence = chunk.sequences[0]
+            if chunk.task is Task.DEFER:
+                apart.setdefault(sequence, HeadGradient(needs, float_dtype)).add(gradient, h, None)
+            else:
+                if chunk.task is Task.CLOSE:
+                    coefficients.close(logps, chunk)
+                    if sequence in apart:
+                        total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
+                total.add(gradient, h, coefficients.of_rows(chunk))
+        if needs.hidden:
+            # The chunk's hidden states have done their work: their gradient takes their place.
+            positions = rows.positions[chunk.start : chunk.stop]
+            flat.index_copy_(0, positions, torch.mm(gradient, head.weight, out=h).to(flat.dtype))
+
     for chunk in plan.chunks:
+        if chunk.task is Task.EXCHANGE:
+            factor = coefficients.exchange(logps)
+            if factor is not None:
+                total.scale_(factor)
+            # The first of those apart becomes the sum, where there is none yet.
+            for sequence in list(apart):
+                total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
+            for waiting, gradient in kept:
+                form(waiting, gradient, rows.take(waiting, dtype))
+            kept.clear()
+            continue
         h = rows.take(chunk, dtype)
-        gradient = head.project(h, buffer)
+        gradient = head.project(h, buffer[sum(waiting.rows for waiting, _ in kept) :])
         forms = chunk.task is not Task.SCORE
         scored = slice(chunk.start, chunk.stop)
         if forms and isinstance(coefficients, BothCoefficients):
@@ -319,16 +377,8 @@ def walk(
             logps[scored] = scores.logps
             for name, values in extra.items():
                 values[scored] = getattr(scores, name)
-        if forms and needs.head:
-            if chunk.task is Task.DEFER:
-                apart.add(gradient, h, None)
-            else:
-                if chunk.task is Task.CLOSE:
-                    coefficients.close(logps, chunk)
-                    if apart.weight is not None or apart.bias is not None:
-                        total.fold(apart, coefficients.of_sequence(chunk.sequences[0]))
-                total.add(gradient, h, coefficients.of_rows(chunk))
-        if forms and needs.hidden:
-            # The chunk's hidden states have done their work: their gradient takes their place.
-            flat.index_copy_(0, rows.positions[scored], torch.mm(gradient, head.weight, out=h).to(flat.dtype))
+        if chunk.task is Task.KEEP:
+            kept.append((chunk, gradient))
+        elif forms:
+            form(chunk, gradient, h)
     return Walk(logps, extra, hidden, total)

@@ -12,6 +12,7 @@ loop depends on how many tokens are scored.
 
 # No `from __future__ import annotations`: torch.library reads the schemas from the annotations.
 import math
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks, ops, reference
 from .backends import select
+from .distributed import by_name
 from .linear import (
     BothCoefficients,
     Head,
@@ -299,6 +301,8 @@ def linear_kto(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    open_sequences: Optional[Sequence[bool]],  # (B,) which have tokens on other ranks too, of the
+    context_group: Optional[str],
     inplace_backward: bool,  # as above
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -308,34 +312,40 @@ def linear_kto(
             backend
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
-        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, long_sequences=long_sequences)
+        plan = _plan(
+            rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, long_sequences=long_sequences,
+            open_sequences=open_sequences
+        )  # fmt: skip
         options = LossOptions(beta, desirable_weight, undesirable_weight, average_log_prob, reduction)
-        unit = _smallest_unit(options, rows.lengths) if dtype == torch.float16 else 1.0
+        unit = _smallest_unit(options, rows.lengths, open_sequences) if dtype == torch.float16 else 1.0
         float_dtype = reference.compute_dtype(dtype)
-        coefficients = LossCoefficients(rows.lengths, ref_logps, z0, desirable, options, unit, float_dtype)
+        coefficients = LossCoefficients(
+            rows.lengths, ref_logps, z0, desirable, options, unit, float_dtype, by_name(context_group)
+        )
         walked = walk(rows, head, plan, chosen, needs, _names(outputs), coefficients)
-        logps = coefficients.sequence_logps(walked.logps, 0, len(rows.lengths))
-        r = reference.log_ratio(logps, ref_logps)
+        r = reference.log_ratio(coefficients.logps, ref_logps)
         losses = reference.loss(r, z0, desirable, beta, options.weights)
-        unit_tensor = None if unit == 1.0 else torch.full((), unit, device=hidden.device)
+        unit = coefficients.unit
         return (
             reference.reduce(losses, reduction).to(float_dtype),
-            logps,
+            coefficients.logps,
             coefficients.slopes,
             rows.spread(walked.logps),
             *_token_outputs(walked, rows, outputs),
             walked.hidden,
-            *walked.head.result(weight, bias, unit_tensor),
+            *walked.head.result(weight, bias, None if unit == 1.0 else torch.as_tensor(unit, device=hidden.device)),
         )
 
 
-def _smallest_unit(options: LossOptions, lengths: list[int]) -> float:
-    """A power of two near the largest coefficient that there can be: λβσ'(x) is at most λβ/4."""
+def _smallest_unit(options: LossOptions, lengths: list[int], open_sequences: Optional[Sequence[bool]]) -> float:
+    """A power of two near the largest coefficient that there can be: λβσ'(x) is at most λβ/4. The lengths of sequences
+    that are open on other ranks say nothing."""
     bound = max(options.weights) * options.beta / 4
     if options.reduction == "mean":
         bound /= max(1, len(lengths))
     if options.average_log_prob:
-        bound /= max(1, min(filter(None, lengths), default=1))
+        closed = [n for i, n in enumerate(lengths) if n and not (open_sequences and open_sequences[i])]
+        bound /= min(closed, default=1)
     return _power_of_two_below(bound)
 
 
@@ -343,7 +353,8 @@ def _smallest_unit(options: LossOptions, lengths: list[int]) -> float:
 def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
-    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, inplace_backward, backend,
+    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, open_sequences, context_group, inplace_backward,
+    backend,
 ):  # fmt: skip
     float_dtype = reference.compute_dtype(dtype)
     per_sequence = torch.empty(desirable.shape, dtype=torch.float64, device=hidden.device)
@@ -370,7 +381,7 @@ def _kto_context(ctx, inputs, output):
 @ops.once
 def _kto_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 27
+        return (None,) * 29
     labels, cu_seqlens, slopes, *gradients = _saved(ctx)
     needs = ctx.needs_input_grad[:3]
     gradients = [_own(ctx, gradient) for gradient in gradients]
@@ -385,7 +396,7 @@ def _kto_backward(ctx, grad, *_):
     for gradient, needed in zip(gradients[1:], needs[1:]):
         if needed:
             scale_(gradient, grad, ctx.backend)
-    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 24
+    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 26
 
 
 # Upstream gradients, in place ─────────────────────────────────────────────────────────────────────────────────────────
@@ -464,10 +475,11 @@ def _(
 def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
-    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, inplace_backward, backend, out_val=None,
+    long_sequences, outputs, needs_hidden, needs_weight, needs_bias, open_sequences, context_group, inplace_backward,
+    backend, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(
         hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes,
-        long_sequences=long_sequences
+        long_sequences=long_sequences, open_sequences=open_sequences
     )  # fmt: skip

@@ -96,7 +96,9 @@ def kto_loss(
             included): one all-reduce, hidden behind the policy's pass. `kl` as a number is taken as it is.
             vocab_group: each rank has some columns of every logits tensor, in the order of ranks, and the same rest.
             context_group: each rank has some tokens of every sequence, and the same B-sized tensors; packed ranks all
-            have B + 1 offsets, into their own tokens. `shift` must be False. Each rank gets the gradient of its tokens.
+            have B + 1 offsets, into their own tokens. `shift` must be False. Every rank returns the whole loss, and gets the gradient
+            of its own tokens: that of a parameter is the sum over the group, so a wrapper that averages over these ranks
+            too needs the loss times their number.
         backend: "auto", or a name out of `available_backends()`.
 
     Logits and labels may be DTensors: their rows, and the columns of the vocabulary group, are this rank's; see
@@ -175,7 +177,7 @@ def kto_loss(
 
     if ranks:
         layout = {"sequences": count, "mismatched": kl_count, "dtype": logits.dtype}
-        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, **layout)
+        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, cu_seqlens, kl_cu_seqlens, **layout)
         vocab = logits.shape[-1] if shard is None else shard.vocab
 
         def scores(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, inplace: bool = False) -> Tensor:
@@ -419,7 +421,7 @@ def linear_kto_loss(
         checks.unshifted(shift, ranks.context)
 
     layout = {"sequences": count, "mismatched": kl_count, "dtype": gemm_dtype(hidden, weight)}
-    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, **layout)
+    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, cu_seqlens, kl_cu_seqlens, **layout)
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
 
     vocab = weight.shape[0] if shard is None else shard.vocab
@@ -453,11 +455,11 @@ def linear_kto_loss(
     loss = None
     if any(trains[1:]) and reduction != "none":
         not_yet("vocab_group", shard)
-        not_yet("context_group", ranks.context)
         z0 = finish_z0()
         loss, logps, _, token_logps, *extra, _, _, _ = linear_ops.linear_kto(
             hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
-            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains, True, backend
+            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains,
+            ranks.open_sequences, None if ranks.context is None else ranks.context.group_name, True, backend
         )  # fmt: skip
     else:
         token_logps, *extra = scores(hidden, weight, bias, labels, cu_seqlens, outputs)

@@ -46,7 +46,7 @@ class KTOOutput:
     cu_seqlens: Tensor | None = None
     reduction: str = "mean"
 
-    def metrics(self, process_group: Any = None) -> dict[str, float]:
+    def metrics(self, process_group: Any = None, context_group: Any = None) -> dict[str, float]:
         """Plain floats under TRL's names: `loss` (the mean over sequences under `"none"`), `kl`, and for each class
         that the batch holds `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`; `rewards/margins`
         where both are there. Where asked for, means over the scored tokens: `entropy`, `logits/chosen`,
@@ -54,8 +54,9 @@ class KTOOutput:
         device once.
 
         With a `process_group` (a ProcessGroup, or a one-dimensional DeviceMesh) sums and counts are added over its ranks
-        first, by one all-reduce: means over all of their sequences and tokens, however many each has."""
-        group = resolve("process_group", process_group)
+        first, by one all-reduce: means over all of their sequences and tokens, however many each has. With the loss's
+        `context_group` the means over tokens, where asked for, are over those of all its ranks, by one more."""
+        group, context = resolve("process_group", process_group), resolve("context_group", context_group)
         everything = torch.ones_like(self.desirable)
         classes = {"chosen": self.desirable, "rejected": ~self.desirable}
         one = torch.ones((), dtype=torch.float64, device=self.logps.device)
@@ -75,15 +76,17 @@ class KTOOutput:
             add(f"rewards/{side}", self.rewards, everything, mask)
             add(f"logps/{side}", self.logps, everything, mask)
         if self.scored is not None:
-            tokens = reference.per_sequence(self.scored, self.cu_seqlens)
-            if self.entropy is not None:
-                add("entropy", reference.per_sequence(self.entropy, self.cu_seqlens), tokens, everything)
-            if self.is_top1 is not None:
-                add("mean_token_accuracy", reference.per_sequence(self.is_top1, self.cu_seqlens), tokens, everything)
-            if self.mean_logits is not None:
-                sums = reference.per_sequence(self.mean_logits, self.cu_seqlens)
+            asked = {"tokens": self.scored, "entropy": self.entropy, "top1": self.is_top1, "logits": self.mean_logits}
+            asked = {name: values for name, values in asked.items() if values is not None}
+            sums = torch.stack([reference.per_sequence(values, self.cu_seqlens) for values in asked.values()])
+            of = dict(zip(asked, sum_over_ranks(sums, context), strict=True))
+            if "entropy" in of:
+                add("entropy", of["entropy"], of["tokens"], everything)
+            if "top1" in of:
+                add("mean_token_accuracy", of["top1"], of["tokens"], everything)
+            if "logits" in of:
                 for side, mask in classes.items():
-                    add(f"logits/{side}", sums, tokens, mask)
+                    add(f"logits/{side}", of["logits"], of["tokens"], mask)
         sums, counts = (torch.stack([pair[k].double() for pair in means.values()]) for k in (0, 1))
         pairs = zip(means, *sum_over_ranks(torch.stack([sums, counts]), group).tolist(), strict=True)
         metrics = {"loss": 0.0} | {name: total / count for name, total, count in pairs if count > 0}

@@ -2,15 +2,17 @@
 
 One GEMM unit is `G = 2·N·H·V` FLOPs: the head once over the N scored rows. A chunk is some scored rows × the whole
 vocabulary. Gradients of the head need each row's coefficient, which is known once the row's whole *sequence* is scored;
-so a sequence stays inside a chunk where it fits, and a longer one is deferred or recomputed.
+so a sequence stays inside a chunk where it fits, and a longer one is deferred or recomputed. Where a sequence's tokens
+are spread over ranks (context parallel), its coefficient is known after an exchange: its rows come last before it, and
+those of the last chunk wait where they are.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -35,6 +37,8 @@ class Task(Enum):
     SCORE = "score"  # log-probabilities alone
     CLOSE = "close"  # its sequences end here: their coefficients are known, gradients are formed
     DEFER = "defer"  # part of a sequence that ends later: its gradient of the head is kept apart, unscaled
+    KEEP = "keep"  # scored; its logits stay in the buffer until the exchange, then its gradients are formed
+    EXCHANGE = "exchange"  # no rows: the ranks exchange their sequences' sums
     AGAIN = "again"  # the gradients of a part that was scored before, its logits computed once more
 
 
@@ -57,10 +61,13 @@ class LinearPlan:
     Attributes:
         rows, vocab, hidden: N scored rows, V, H.
         chunks: in the order of their work.
-        deferred, recomputed: (sequence, why) of each sequence longer than a chunk, where the head is trained.
+        deferred, recomputed: (sequence, why) of each sequence longer than a chunk, where the head is trained; and of
+            those open on other ranks for which the last chunk before the exchange has no room.
         bytes: name → bytes of each buffer; `peak_bytes` is the most that exists at once, above the inputs.
         gemm_units: GEMMs in units of `2·N·H·V` FLOPs.
         weight_gradient_dtype: what dW accumulates in: fp32, or its own dtype where it is one product.
+        buffer_rows: rows of the logits' buffer: the largest chunk's, or
+        kept_rows: of those that stay there until the exchange, one chunk behind the other.
     """
 
     rows: int
@@ -75,6 +82,8 @@ class LinearPlan:
     peak_bytes: int
     gemm_units: float
     weight_gradient_dtype: torch.dtype
+    buffer_rows: int
+    kept_rows: int
 
     @classmethod
     def of(
@@ -93,13 +102,14 @@ class LinearPlan:
         hidden_dtype: torch.dtype | None = None,
         max_logits_bytes: int | None = None,
         long_sequences: str = "auto",
+        open_sequences: Sequence[bool] | None = None,
         device: torch.device | str = "cuda",
         balance: float | None = None,
     ) -> LinearPlan:
         """Plans one pass of the policy.
 
         Args:
-            lengths: scored rows of each sequence (B,).
+            lengths: scored rows of each sequence (B,), on this rank.
             vocab, hidden, dtype: V, H, and the dtype that the GEMMs run in.
             needs_hidden, needs_weight, needs_bias: which gradients are formed; none of them: a forward-only pass.
             known_coefficients: every row's coefficient is known from the start (the backward of
@@ -108,7 +118,10 @@ class LinearPlan:
             hidden_rows: rows of hidden states, with those that nothing scores (default: the scored ones).
             max_logits_bytes: the most bytes of logits that exist at once; None: chosen by the device's balance.
             long_sequences: "defer", "recompute", or "auto" for the faster of them, for each sequence longer than a
-                chunk.
+                chunk. Of several sequences open on other ranks, "auto" defers the longest alone, "defer" (each with a
+                buffer of its own until the exchange) as many as leave the others room in one chunk.
+            open_sequences: (B,) which sequences have tokens on other ranks too, whose coefficients wait for an exchange;
+                None: there are no other ranks.
             device: its type sets the balance, FLOPs of a GEMM per byte of memory traffic, where none is given.
 
         Raises:
@@ -132,7 +145,8 @@ class LinearPlan:
                 sum(lengths) if hidden_rows is None else hidden_rows,
                 dtype if hidden_dtype is None else hidden_dtype,
                 chunk_rows,
-                _late(needs_weight, long_sequences, chunk_rows, balance),
+                _late(needs_weight, long_sequences, balance),
+                open_sequences,
             )
 
         if max_logits_bytes is not None:
@@ -159,12 +173,17 @@ class LinearPlan:
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"LinearPlan: {self.rows:,} rows × V={self.vocab:,}, H={self.hidden:,}, {dtype}: {len(self.chunks)} chunks "
-            f"of up to {self.chunk_rows:,} rows, {self.gemm_units:.2f} G, {_size(self.peak_bytes)} at most"
+            f"LinearPlan: {self.rows:,} rows × V={self.vocab:,}, H={self.hidden:,}, {dtype}: "
+            f"{sum(chunk.rows > 0 for chunk in self.chunks)} chunks of up to {self.chunk_rows:,} rows, "
+            f"{self.gemm_units:.2f} G, {_size(self.peak_bytes)} at most"
         ]
         lines += [f"  {_size(size):>10}  {name}" for name, size in self.bytes.items()]
         for kind in ("deferred", "recomputed"):
             lines += [f"  sequence {i} {kind}: {why}" for i, why in getattr(self, kind)]
+        if self.kept_rows:
+            lines.append(
+                f"  {self.kept_rows:,} rows wait in the logits' buffer for what the other ranks' tokens sum to"
+            )
         return "\n".join(lines)
 
 
@@ -182,37 +201,46 @@ def _balance(device: torch.device, dtype: torch.dtype) -> float:
 
 def _cut(
     cls, lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients, weight_dtype,
-    hidden_rows, hidden_dtype, chunk_rows, late
+    hidden_rows, hidden_dtype, chunk_rows, late, open_sequences
 ) -> LinearPlan:  # fmt: skip
     """The plan with chunks of `chunk_rows`; `bound` where sequences must stay together."""
     deferred: list[tuple[int, str]] = []
     recomputed: list[tuple[int, str]] = []
+    heads = 1  # gradients of the head at once
     if bound:
-        chunks = _whole_sequences(lengths, chunk_rows, late, deferred, recomputed)
+        spread = {i for i, length in enumerate(lengths) if length and open_sequences and open_sequences[i]}
+        chunks = []
+        if alone := _whole_sequences(lengths, spread, chunk_rows, late, deferred, recomputed):
+            heads += len(deferred) > 1
+        if open_sequences is not None:
+            chunks = _open_sequences(lengths, spread, chunk_rows, late, deferred, recomputed)
+            heads = max(heads, bool(alone) + sum(i in spread for i, _ in deferred))
+        chunks = alone + chunks
     else:
         task = Task.AGAIN if known_coefficients else Task.CLOSE if needs_hidden else Task.SCORE
         chunks = _even_chunks(0, sum(lengths), chunk_rows, task, (0, len(lengths)))
 
     size = dtype.itemsize
+    kept = sum(chunk.rows for chunk in chunks if chunk.task is Task.KEEP)
     most = max((chunk.rows for chunk in chunks), default=0)
-    formed = [chunk for chunk in chunks if chunk.task is not Task.SCORE]
+    formed = [chunk for chunk in chunks if chunk.task not in (Task.SCORE, Task.EXCHANGE)]
     # One product needs no fp32 sum. (An fp16 head's gradient stays fp32 until it is scaled up against underflow.)
     once = len(formed) == 1 and weight_dtype == dtype != torch.float16
     gradient_dtype = dtype if once else torch.promote_types(dtype, torch.float32)
-    sizes = {"logits": most * vocab * size, "chunk of hidden": most * hidden * size}
+    sizes = {"logits": max(kept, most) * vocab * size, "chunk of hidden": most * hidden * size}
     if weight_dtype != dtype:
         sizes["head in the GEMMs' dtype"] = vocab * hidden * size
     if needs_hidden:
         sizes["hidden gradient"] = hidden_rows * hidden * hidden_dtype.itemsize
     if needs_weight:
         sizes["weight gradient"] = vocab * hidden * gradient_dtype.itemsize
-        if len(deferred) > 1:
-            sizes["deferred weight gradient"] = vocab * hidden * gradient_dtype.itemsize
+        if heads > 1:
+            sizes["deferred weight gradient"] = (heads - 1) * vocab * hidden * gradient_dtype.itemsize
     peak = sum(sizes.values())
     if needs_weight and weight_dtype != gradient_dtype:
         sizes["rounded weight gradient"] = vocab * hidden * weight_dtype.itemsize  # when the chunks' buffers are gone
-        kept = ("hidden gradient", "weight gradient", "rounded weight gradient")
-        peak = max(peak, sum(sizes.get(name, 0) for name in kept))
+        left = ("hidden gradient", "weight gradient", "rounded weight gradient")
+        peak = max(peak, sum(sizes.get(name, 0) for name in left))
     rows = sum(lengths)
     products = sum(chunk.rows for chunk in chunks) + sum(chunk.rows for chunk in formed) * (needs_hidden + needs_weight)
     return cls(
@@ -228,60 +256,109 @@ def _cut(
         peak_bytes=peak,
         gemm_units=products / rows if rows else 0.0,
         weight_gradient_dtype=gradient_dtype,
+        buffer_rows=max(kept, most),
+        kept_rows=kept,
     )
 
 
-def _late(needs_weight: bool, long_sequences: str, chunk_rows: int, balance: float):
-    """length → (Task of the rows in front of a sequence's last chunk, why)."""
+def _late(needs_weight: bool, long_sequences: str, balance: float) -> Callable[..., tuple[Task, str]]:
+    """(rows in front of a last chunk, gradients of the head kept apart already) → (the Task of the rows, why)."""
 
-    def late(length: int) -> tuple[Task, str]:
-        early = length - chunk_rows
-        about = f"{length:,} rows, {early:,} of them before its last chunk"
+    def late(early: int, apart: int = 0) -> tuple[Task, str]:
         if long_sequences != "auto":
-            task = Task.DEFER if long_sequences == "defer" else Task.AGAIN
-            return task, f"{about}; long_sequences={long_sequences!r}"
+            return Task.DEFER if long_sequences == "defer" else Task.AGAIN, f"long_sequences={long_sequences!r}"
+        if apart:
+            return Task.AGAIN, "another is deferred, and each would take a dW of its own"
         if not needs_weight:
-            return Task.DEFER, f"{about}; a second bias gradient costs nothing"
+            return Task.DEFER, "a second bias gradient costs nothing"
         worth = round(_DEFER_ROWS_PER_BALANCE * balance)
         if early < worth:
-            return Task.AGAIN, f"{about}; a pass over a second dW would cost as much as {worth:,} rows"
-        return Task.DEFER, f"{about}; a pass over a second dW costs only as much as {worth:,} rows"
+            return Task.AGAIN, f"a pass over a second dW would cost as much as {worth:,} rows"
+        return Task.DEFER, f"a pass over a second dW costs only as much as {worth:,} rows"
 
     return late
 
 
-def _whole_sequences(lengths, chunk_rows, late, deferred, recomputed) -> list[Chunk]:
-    """Chunks that end where sequences do. Deferred sequences come first, one after another: of the dW that is kept
-    apart there is never more than one, and the first needs no other beside it."""
+def _runs(lengths, chosen: set[int]) -> list[tuple[int, int, int, int]]:
+    """Neighbours among the chosen sequences: (first, last, start, stop), sequences [first, last) on rows [start, stop).
+    A sequence without rows parts none."""
+    starts = [0, *itertools.accumulate(lengths)]
+    filled = (i for i, length in enumerate(lengths) if length)
+    runs = [list(run) for taken, run in itertools.groupby(filled, key=chosen.__contains__) if taken]
+    return [(run[0], run[-1] + 1, starts[run[0]], starts[run[-1] + 1]) for run in runs]
+
+
+def _whole_sequences(lengths, spread, chunk_rows, late, deferred, recomputed) -> list[Chunk]:
+    """Chunks that end where sequences do, of those that are not spread over ranks. Deferred sequences come first, one
+    after another: of the dW that is kept apart there is never more than one, and the first needs no other beside it."""
     ahead: list[Chunk] = []
     chunks: list[Chunk] = []
-    first = start = stop = 0  # the chunk in the making: sequences [first, i), rows [start, stop)
-
-    def close(last: int, into: list[Chunk]) -> None:
-        nonlocal first, start
-        if stop > start:
-            into.append(Chunk(start, stop, Task.CLOSE, (first, last)))
-        first, start = last, stop
-
-    for i, length in enumerate(lengths):
-        if stop + length - start > chunk_rows:
-            close(i, chunks)
-        stop += length
-        if length <= chunk_rows:
-            continue
-        task, why = late(length)
-        if task is Task.DEFER:
-            deferred.append((i, why))
-            ahead += _even_chunks(start, stop - chunk_rows, chunk_rows, Task.DEFER, (i, i + 1))
-        else:
-            recomputed.append((i, why))
-            chunks += _even_chunks(start, stop - chunk_rows, chunk_rows, Task.SCORE, (i, i + 1))
-        begin, start = start, stop - chunk_rows
-        close(i + 1, ahead if task is Task.DEFER else chunks)
-        if task is Task.AGAIN:
-            chunks += _even_chunks(begin, stop - chunk_rows, chunk_rows, Task.AGAIN, (i, i + 1))
-    close(len(lengths), chunks)
+    for begin, end, start, _ in _runs(lengths, set(range(len(lengths))) - spread):
+        first, stop = begin, start  # the chunk in the making: sequences [first, i), rows [start, stop)
+        for i in range(begin, end):
+            length = lengths[i]
+            if start < stop and stop + length - start > chunk_rows:
+                chunks.append(Chunk(start, stop, Task.CLOSE, (first, i)))
+                first, start = i, stop
+            stop += length
+            if length <= chunk_rows:
+                continue
+            last_chunk = stop - chunk_rows
+            task, why = late(length - chunk_rows)
+            (deferred if task is Task.DEFER else recomputed).append(
+                (i, f"{_about(length, length - chunk_rows)}; {why}")
+            )
+            early = _even_chunks(start, last_chunk, chunk_rows, task, (i, i + 1))
+            last = [Chunk(last_chunk, stop, Task.CLOSE, (i, i + 1))]
+            if task is Task.DEFER:
+                ahead += early + last
+            else:
+                scored = [replace(chunk, task=Task.SCORE) for chunk in early]
+                chunks += scored + last + early
+            first, start = i + 1, stop
+        if start < stop:
+            chunks.append(Chunk(start, stop, Task.CLOSE, (first, end)))
     return ahead + chunks
+
+
+def _open_sequences(lengths, spread, chunk_rows, late, deferred, recomputed) -> list[Chunk]:
+    """Chunks around the exchange, of the sequences that are spread over ranks. As many rows as one chunk has wait for it
+    in the buffer. Those before them are deferred, by whole sequences, or recomputed."""
+    before: list[Chunk] = []
+    apart: set[int] = set()
+    rest = sum(lengths[i] for i in spread)
+    why = ""
+    for i in sorted(spread, key=lambda i: -lengths[i]):
+        if rest <= chunk_rows:
+            break
+        early = min(lengths[i], rest - chunk_rows)
+        task, why = late(early, len(apart))
+        if task is Task.AGAIN:
+            break
+        deferred.append((i, f"{_about(lengths[i], early)}, open on other ranks; {why}"))
+        for first, last, start, stop in _runs(lengths, {i}):
+            before += _even_chunks(start, stop, chunk_rows, Task.DEFER, (first, last))
+        apart.add(i)
+        rest -= lengths[i]
+
+    early = max(0, rest - chunk_rows)
+    kept, again = [], []
+    for first, last, start, stop in _runs(lengths, spread - apart):
+        cut = min(stop, start + early)  # from here on they wait in the buffer
+        early -= cut - start
+        kept += _even_chunks(cut, stop, chunk_rows, Task.KEEP, (first, last))
+        again += _even_chunks(start, cut, chunk_rows, Task.AGAIN, (first, last))
+        for i in range(first, last):
+            if start < cut and lengths[i]:
+                rows = min(lengths[i], cut - start)
+                recomputed.append((i, f"{_about(lengths[i], rows)}, open on other ranks; {why}"))
+            start += lengths[i]
+    scored = [replace(chunk, task=Task.SCORE) for chunk in again]
+    return [*before, *scored, *kept, Chunk(0, 0, Task.EXCHANGE, (0, len(lengths))), *again]
+
+
+def _about(length: int, early: int) -> str:
+    return f"{length:,} rows, {early:,} of them before the last chunk"
 
 
 def _even_chunks(start: int, stop: int, chunk_rows: int, task: Task, sequences: tuple[int, int]) -> list[Chunk]:

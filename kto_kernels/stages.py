@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dtensor, linear_ops, ops, reference
-from .distributed import Ranks, sum_over_ranks
+from .distributed import Ranks, sums_over_ranks
 from .output import KTOOutput
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
@@ -182,7 +182,8 @@ def sequence_logps(
         logps: (B, T), or packed (N,) with `cu_seqlens`; floating, 0 where nothing is scored (as `token_logps` gives).
         labels: needed for `average_log_prob`, which counts the labels that are not `ignore_index` (and, with `shift`,
             are some position's next).
-        context_group: each rank has some of every sequence's tokens; the sums are over all of them.
+        context_group: each rank has some of every sequence's tokens; the sums are over all of them, on every rank, and
+            each rank gets the gradient of its own tokens. `shift` must be False.
 
     Returns:
         (B,) fp64, differentiable: long sequences lose digits in fp32 that the difference to the reference needs.
@@ -216,13 +217,10 @@ def sequence_logps(
 
 
 def sequence_sums(logps: Tensor, scored: Tensor | None, cu_seqlens: Tensor | None, ranks: Ranks) -> Tensor:
-    """Stage 2 over the ranks of the context group: one all-reduce of the sums, and of the counts of scored tokens where
-    they are divided by those."""
-    if ranks.context is None:
-        return reference.sequence_logps(logps, scored, cu_seqlens)
-    parts = [reference.per_sequence(values, cu_seqlens) for values in (logps, scored) if values is not None]
-    total, *count = sum_over_ranks(torch.stack(parts), ranks.context)
-    return reference.mean_logps(total, *count) if count else total
+    """Stage 2 over the ranks of the context group."""
+    count = None if scored is None else reference.per_sequence(scored, cu_seqlens)
+    total, count = sums_over_ranks(reference.per_sequence(logps, cu_seqlens), count, ranks.context)
+    return total if count is None else reference.mean_logps(total, count)
 
 
 def kl_reference_point(

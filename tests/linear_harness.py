@@ -178,3 +178,18 @@ def check_linear(
             f"gradient of {name}", grad, rounded_grads[name], exact_grads[name], 4 * torch.finfo(dtype).eps
         )
     return out
+
+
+def gemm_flops(run) -> int:
+    """FLOPs of the matrix products that PyTorch really ran, by the profiler's record of their shapes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        run()
+    total = 0
+    for event in profile.events():
+        if event.name not in ("aten::mm", "aten::addmm"):
+            continue
+        (m, k), (k_, n) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+        assert k == k_
+        if WIDTH in (m, n, k) or WIDTH + 8 in (m, n, k):  # a bias gradient is a vector's product
+            total += 2 * m * n * k
+    return total

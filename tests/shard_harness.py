@@ -3,6 +3,7 @@ tokens of every sequence. A call is a dictionary of arguments, of `kto_loss` or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,21 +63,24 @@ def some_columns(given: Arguments, columns: slice) -> Arguments:
     return part
 
 
-def some_tokens(given: Arguments, begin: float, end: float) -> Arguments:
+Mine = Callable[[int], Tensor]  # of how many tokens → (tokens,) bool, which of them are this rank's
+
+
+def some_tokens(given: Arguments, mine: Mine) -> Arguments:
     """A context-parallel rank's part: of the padded layout these of every sequence's tokens, of the packed one these of
-    all tokens, wherever sequences end. `begin` and `end` are fractions."""
+    all tokens, wherever sequences end."""
     part = dict(given)
     for prefix in ROWS:
         names = [name for name in ROWS[prefix] if name in given]
         if not names:
             continue
         offsets = _offsets(given, prefix)
-        length = given[names[0]].shape[1 if offsets is None else 0]
-        first, last = round(begin * length), round(end * length)
+        rows = mine(given[names[0]].shape[1 if offsets is None else 0])
         for name in names:
-            part[name] = given[name][:, first:last] if offsets is None else given[name][first:last]
+            part[name] = given[name][:, rows] if offsets is None else given[name][rows]
         if offsets is not None:
-            part[f"{prefix}cu_seqlens"] = offsets.clamp(first, last) - first
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)])  # of this rank's, in front of each
+            part[f"{prefix}cu_seqlens"] = before[offsets.long()].to(offsets.dtype)
     return part
 
 
@@ -96,16 +100,23 @@ def run(given: Arguments, trained: tuple[str, ...] = LEAVES, **options: Any) -> 
     return out, dict(zip(wanted, found))
 
 
-def assert_near(name: str, mine: Tensor, whole: Tensor, ulps: float = 64) -> None:
-    """Equal but for rounding: `ulps` units in the last place of the largest value, or of 1 for a smaller dtype's sums."""
+def assert_near(name: str, mine: Tensor, whole: Tensor, ulps: float = 64, largest: float = 0.0) -> None:
+    """Equal but for rounding: `ulps` units in the last place of the largest value, or of the `largest` that went into
+    it; never finer than fp32's."""
     unit = torch.finfo(mine.dtype if mine.dtype.itemsize < 8 else torch.float32).eps
-    scale = whole.abs().max().item() if whole.numel() else 0.0
+    scale = max(largest, whole.abs().max().item() if whole.numel() else 0.0)
     assert mine.shape == whole.shape, f"{name}: {tuple(mine.shape)} instead of {tuple(whole.shape)}"
     worst = (mine.double() - whole.double()).abs().max().item() if whole.numel() else 0.0
     assert worst <= ulps * unit * scale, f"{name}: off by {worst:.3e}, {worst / (unit * scale or 1):.1f} units"
 
 
-def assert_same_sequences(mine: KTOOutput, whole: KTOOutput, sequences: slice = slice(None)) -> None:
-    for name in ("logps", "ref_logps", "rewards"):
-        assert_near(name, getattr(mine, name), getattr(whole, name)[sequences])
-    assert_near("kl", mine.kl, whole.kl)
+def assert_same_sequences(
+    mine: KTOOutput, whole: KTOOutput, sequences: slice = slice(None), beta: float = 0.1, ulps: float = 64
+) -> None:
+    """Rewards and kl are differences of log-probabilities: those are what was rounded."""
+    largest = max(
+        (values.abs().max().item() for values in (whole.logps, whole.ref_logps) if values.numel()), default=0.0
+    )
+    for name, scale in (("logps", 0.0), ("ref_logps", 0.0), ("rewards", beta * largest)):
+        assert_near(name, getattr(mine, name), getattr(whole, name)[sequences], ulps, scale)
+    assert_near("kl", mine.kl, whole.kl, ulps, largest)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from linear_harness import HEAD, VOCAB, WIDTH, linear_problem, ours_linear
+from linear_harness import HEAD, VOCAB, WIDTH, gemm_flops, linear_problem, ours_linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from kto_kernels import LinearPlan, linear_kto_loss, linear_ops, linear_token_logps
@@ -20,21 +20,6 @@ FOUR_ROWS = 4 * VOCAB * 4
 @pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()
-
-
-def gemm_flops(run) -> int:
-    """FLOPs of the matrix products that PyTorch really ran, by the profiler's record of their shapes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        run()
-    total = 0
-    for event in profile.events():
-        if event.name not in ("aten::mm", "aten::addmm"):
-            continue
-        (m, k), (k_, n) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
-        assert k == k_
-        if WIDTH in (m, n, k) or WIDTH + 8 in (m, n, k):  # a bias gradient is a vector's product
-            total += 2 * m * n * k
-    return total
 
 
 def counted(run) -> int:
@@ -272,7 +257,9 @@ def test_opcheck_kto_and_backward(packed, trained):
     )
     offsets = p.tensors.get("cu_seqlens")
     loss = (p.desirable, p.tensors["ref_logps"], torch.tensor(0.3, dtype=torch.float64), 0.1, 1.0, 1.2, False, "mean")
-    arguments = (*head, p.labels, offsets, *loss, *SCORING, "defer", "mean_logits", *trained, False, "cpu")
+    arguments = (*head, p.labels, offsets, *loss, *SCORING, "defer", "mean_logits", *trained)
+    ranks = ([i % 2 == 0 for i in range(len(p.desirable))] if packed else None, None)
+    arguments = (*arguments, *ranks, False, "cpu")
     torch.library.opcheck(torch.ops.kto_kernels.linear_kto.default, arguments)
     grad = torch.randn(p.labels.shape)
     arguments = (grad, None, *(leaf.detach() for leaf in head), p.labels, offsets, *SCORING, *trained, "cpu")
