@@ -123,7 +123,12 @@ def train(
     trainer.train()
     evaluation = trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry] + [evaluation]
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, history
+    return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}, history
+
+
+def whole(parameter):
+    """One that FSDP2 shards is gathered."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def timeless(entry: dict) -> dict:
