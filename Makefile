@@ -7,7 +7,7 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test test-versions test-gpu sanitize demo bench report lint clean
+.PHONY: test test-sdist test-versions test-gpu sanitize demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
@@ -15,6 +15,15 @@ test: $(VENV)/test.stamp  ## the test suite
 
 test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+SDIST := build/sdist
+test-sdist: $(VENV)/test.stamp  ## the package that `pip install --no-binary` makes of its source distribution
+	rm -rf $(SDIST)
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(SDIST)')" > /dev/null
+	KTO_KERNELS_CUDA=0 $(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --find-links $(SDIST) \
+		--no-binary kto-kernels --target $(SDIST)/site kto-kernels
+	cd $(SDIST) && PYTHONPATH=site $(CURDIR)/$(BIN)/python -P -c \
+		"import kto_kernels as k; assert '/site/' in k.__file__ and k.available_backends()['cpu'] is None"
 
 sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/native/run.sh
