@@ -123,34 +123,86 @@ def problem(
     return Problem(logits, labels, torch.arange(batch) % 3 != 1, tensors, options)
 
 
-def plain(problem: Problem, logit_scale: float = 1.0, softcap: float | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """The stages of `kto_kernels.reference` on the problem as it is, with autograd's gradient of the (summed) loss."""
-    options = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "loss_type": "kto", "shift": False}
-    options |= {"ignore_index": -100, "temperature": 1.0, "average_log_prob": False, "reduction": "mean"}
-    options |= problem.options
-    given = problem.tensors
+class _ExactTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, ignore_index, logit_scale, softcap, temperature):
+        z = reference.scaled(logits, logit_scale, softcap, temperature)
+        ignored = target == ignore_index
+        index = target.masked_fill(ignored, 0).long().unsqueeze(-1)
+        y = z.gather(-1, index)
+        impossible = y == -torch.inf
+        odds = z.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True) - y  # log((1 − p_y) / p_y)
+        logps = -torch.logaddexp(torch.zeros_like(odds), odds)
+        logps = logps.masked_fill(impossible, -torch.inf)
+        p = (z - y + logps).exp().masked_fill(z == -torch.inf, 0.0)
+        p = p.where(~impossible, z.softmax(-1).masked_fill((z == -torch.inf).all(-1, keepdim=True), 0.0))
+        slope = torch.full_like(z, logit_scale / temperature)
+        if softcap is not None:
+            slope = slope / torch.cosh(logits * logit_scale / softcap) ** 2
+        direction = (-p).scatter(-1, index, -torch.expm1(logps)) * slope
+        ctx.save_for_backward(direction.masked_fill(ignored.unsqueeze(-1), 0.0))
+        return logps.squeeze(-1).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (direction,) = ctx.saved_tensors
+        return torch.where(grad.unsqueeze(-1) == 0, 0.0, grad.unsqueeze(-1) * direction), *(None,) * 5
+
+
+def exact_token_logps(logits, target, ignore_index=-100, logit_scale=1.0, softcap=None, temperature=1.0):
+    """`reference.token_logps` of fp64 logits where even fp64 would lose the digits of a near-certain label: its odds
+    against all others, `log1p` and `expm1` instead of a softmax."""
+    return _ExactTokenLogps.apply(logits, target, ignore_index, logit_scale, softcap, temperature)
+
+
+DEFAULTS = {
+    "beta": 0.1,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "loss_type": "kto",
+    "shift": False,
+    "ignore_index": -100,
+    "temperature": 1.0,
+    "average_log_prob": False,
+    "reduction": "mean",
+}
+
+
+def sequence_sums(
+    problem: Problem,
+    side: str,  # "", "ref_", "kl_" or "ref_kl_"
+    logits: Tensor | None,
+    token_logps=reference.token_logps,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor | None:
+    """Stages 1 and 2 of a side's logits; without logits its log-probabilities as given, if any."""
+    given, options = problem.tensors, DEFAULTS | problem.options
+    if logits is None:
+        return given.get(f"{side}logps")
+    labels = given["kl_labels"] if "kl" in side else problem.labels
+    cu_seqlens = given.get("kl_cu_seqlens" if "kl" in side else "cu_seqlens")
     ignore_index = options["ignore_index"]
+    target = reference.targets(labels, options["shift"], ignore_index, cu_seqlens)
+    logps = token_logps(logits, target, ignore_index, logit_scale, softcap, options["temperature"])
+    scored = target != ignore_index if options["average_log_prob"] else None
+    return reference.sequence_logps(logps, scored, cu_seqlens)
 
-    def sums(logits, labels, cu_seqlens):
-        target = reference.targets(labels, options["shift"], ignore_index, cu_seqlens)
-        logps = reference.token_logps(logits, target, ignore_index, logit_scale, softcap, options["temperature"])
-        scored = target != ignore_index if options["average_log_prob"] else None
-        return reference.sequence_logps(logps, scored, cu_seqlens)
 
-    def side(name: str, labels, cu_seqlens):
-        if f"{name}logits" in given:
-            return sums(given[f"{name}logits"], labels, cu_seqlens)
-        return given.get(f"{name}logps")
-
+def plain(problem: Problem, token_logps=reference.token_logps, **scale) -> tuple[dict[str, Tensor], Tensor]:
+    """The stages of `kto_kernels.reference` on the problem as it is, with autograd's gradient of the (summed) loss."""
+    options, given = DEFAULTS | problem.options, problem.tensors
     logits = problem.logits.detach().requires_grad_()
-    kl_layout = given.get("kl_labels"), given.get("kl_cu_seqlens")
-    logps = sums(logits, problem.labels, given.get("cu_seqlens"))
-    ref_logps = side("ref_", problem.labels, given.get("cu_seqlens"))
-    kl_logps = side("kl_", *kl_layout)
+    logps = sequence_sums(problem, "", logits, token_logps, **scale)
+    ref_logps, kl_logps, ref_kl_logps = (
+        sequence_sums(problem, side, given.get(f"{side}logits"), token_logps, **scale)
+        for side in ("ref_", "kl_", "ref_kl_")
+    )
     if kl_logps is not None:
-        z0 = reference.kl_reference_point(kl_logps, side("ref_kl_", *kl_layout))
+        z0 = reference.kl_reference_point(kl_logps, ref_kl_logps)
     else:
         z0 = torch.as_tensor(given.get("kl", options.get("kl", 0.0)), dtype=torch.float64, device=logits.device)
+        z0 = z0.clamp(min=0)
     r = reference.log_ratio(logps, ref_logps)
     weights = (options["desirable_weight"], options["undesirable_weight"])
     losses = reference.loss(r, z0, problem.desirable, options["beta"], weights)

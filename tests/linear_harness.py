@@ -29,10 +29,9 @@ class LinearProblem:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> LinearProblem:
-        def move(tensor: Tensor) -> Tensor:
+        def move(tensor: Tensor, name: str = "hidden") -> Tensor:
             # Sequence log-probabilities and numbers keep their dtype.
-            model = tensor.is_floating_point() and (tensor.dim() > 1 or tensor.shape == (VOCAB,))
-            return tensor.to(device, dtype) if model else tensor.to(device)
+            return tensor.to(device, dtype) if name.endswith(HEAD) else tensor.to(device)
 
         return replace(
             self,
@@ -40,7 +39,7 @@ class LinearProblem:
             weight=move(self.weight),
             labels=self.labels.to(device),
             desirable=self.desirable.to(device),
-            tensors={name: move(tensor) for name, tensor in self.tensors.items()},
+            tensors={name: move(tensor, name) for name, tensor in self.tensors.items()},
         )
 
 
@@ -52,18 +51,20 @@ def linear_problem(
     ref: str | None = "hidden",
     kl: str | None = "hidden",
     prompt: int = 2,
-    ref_width: int = WIDTH + 8,
+    vocab: int = VOCAB,
+    width: int = WIDTH,
+    ref_width: int = WIDTH + 8,  # at least `width`
     offset_dtype: torch.dtype = torch.int32,
     ignore_index: int = -100,
     **options,
 ) -> LinearProblem:
     """Sequences of `lengths` scored tokens behind a prompt that is not, the padded ones of equal length."""
 
-    def side(lengths, width):
-        rows = max(lengths) + prompt
+    def side(lengths):
+        rows = max(lengths, default=0) + prompt
         labels = torch.full((len(lengths), rows), ignore_index)
         for i, length in enumerate(lengths):
-            labels[i, prompt : prompt + length] = torch.randint(VOCAB, (length,))
+            labels[i, prompt : prompt + length] = torch.randint(vocab, (length,))
         hidden = torch.randn(len(lengths), rows, width)
         if not packed:
             return hidden, labels, None
@@ -72,28 +73,28 @@ def linear_problem(
         return hidden[kept], labels[kept], offsets.to(offset_dtype)
 
     tensors: dict[str, Tensor] = {}
-    hidden, labels, offsets = side(lengths, WIDTH)
+    hidden, labels, offsets = side(lengths)
     if offsets is not None:
         tensors["cu_seqlens"] = offsets
-    weight = torch.randn(VOCAB, WIDTH) * 0.5
+    weight = torch.randn(vocab, width) * 0.5
     if bias:
-        tensors["bias"] = torch.randn(VOCAB)
+        tensors["bias"] = torch.randn(vocab)
     count = len(lengths)
     if ref == "hidden":
         # Another width, so that the heads cannot be mixed up; near the policy, so that nothing saturates.
-        extra = ref_width - WIDTH
+        extra = ref_width - width
         tensors["ref_hidden"] = torch.cat([hidden, 0.3 * torch.randn(*hidden.shape[:-1], extra)], -1)
-        tensors["ref_weight"] = torch.cat([weight, 0.3 * torch.randn(VOCAB, extra)], -1)
+        tensors["ref_weight"] = torch.cat([weight, 0.3 * torch.randn(vocab, extra)], -1)
         if bias:
-            tensors["ref_bias"] = tensors["bias"] + 0.1 * torch.randn(VOCAB)
+            tensors["ref_bias"] = tensors["bias"] + 0.1 * torch.randn(vocab)
     elif ref == "logps":
         tensors["ref_logps"] = -3.0 * torch.tensor(lengths, dtype=torch.float32) - torch.rand(count)
     if kl == "hidden":
-        tensors["kl_hidden"], tensors["kl_labels"], kl_offsets = side((4, 2, 5), WIDTH)
+        tensors["kl_hidden"], tensors["kl_labels"], kl_offsets = side((4, 2, 5))
         if kl_offsets is not None:
             tensors["kl_cu_seqlens"] = kl_offsets
         if ref == "hidden":
-            extra = ref_width - WIDTH
+            extra = ref_width - width
             rows = tensors["kl_hidden"].shape[:-1]
             tensors["ref_kl_hidden"] = torch.cat([tensors["kl_hidden"], 0.3 * torch.randn(*rows, extra)], -1)
         elif ref == "logps":
