@@ -16,9 +16,10 @@ INF = torch.inf
 
 # Of 100 cases, how many a place gets, and how many logits one of its cases may have: a row takes Triton's interpreter
 # some milliseconds.
-_SHARE = {"torch": 0.5, "cpu": 1.5, "cuda": 0.6, "triton": 0.15}
+_SHARE = {"torch": 0.3, "cpu": 1.0, "cuda": 0.4, "triton": 0.08}
 _DRAWS = 20
-_ELEMENTS = {"torch": 1 << 18, "cpu": 1 << 19, "cuda": 1 << 15, "triton": 1 << 12}
+_SMALLEST = torch.finfo(torch.float32).tiny
+_ELEMENTS = {"torch": 1 << 15, "cpu": 1 << 17, "cuda": 1 << 13, "triton": 1 << 10}
 
 
 def explore(place: tuple[str, str], strategy: Callable, measure: Callable) -> None:
@@ -62,14 +63,15 @@ def unit_of(dtype: torch.dtype) -> float:
 
 
 def gradient_errors(mine: Tensor, plain: Tensor, exact: Tensor, slack: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """Of each row, in units in the last place of its largest entry; `slack` of it is allowed besides."""
+    """Of each row, in units in the last place of its largest entry; `slack` of it is allowed besides. Below fp32's
+    smallest normal number (1e-38) there are no digits to promise: hardware may flush it to zero."""
     info = torch.finfo(mine.dtype)
     exact = exact.double()
     largest = exact.abs().amax(-1, keepdim=True) if exact.numel() else exact.abs()
     slack = (
         slack.to(exact).view(*slack.shape, *(1,) * (exact.dim() - slack.dim())) if isinstance(slack, Tensor) else slack
     )
-    unit = (unit_of(mine.dtype) + slack) * largest + info.smallest_normal * info.eps
+    unit = (unit_of(mine.dtype) + slack) * largest + info.smallest_normal * info.eps + _SMALLEST
     # What fp16 cannot hold is ±inf: its largest number here.
     errors = in_units(*(g.double().clamp(-info.max, info.max) for g in (mine, plain, exact)), unit.expand_as(exact))
     return tuple(e.amax(-1) if e.numel() else e.sum(-1) for e in errors)
