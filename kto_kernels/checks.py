@@ -2,11 +2,15 @@
 
 TypeError for what has the wrong type or dtype, ValueError for what has the wrong shape, device, range or company,
 NotImplementedError for what is right and not supported.
+
+Values (labels, offsets) are looked at where that is free, on the CPU. On a GPU it would wait for the device: there a
+label outside the vocabulary scores nothing and bad offsets are undefined, unless the environment has KTO_KERNELS_DEBUG=1.
 """
 
 from __future__ import annotations
 
-import math
+import os
+import sys
 
 import torch
 from torch import Tensor
@@ -31,6 +35,8 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tens
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if is_dtensor(value):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass this rank's part of it, .to_local()")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
@@ -64,7 +70,7 @@ def number(name: str, value: object, *, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # Comparisons, not math.isfinite: torch.compile may trace with a symbolic number. NaN fails them too.
-    if not (0 <= value < math.inf) or (positive and value == 0):
+    if not (0 <= value <= sys.float_info.max) or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")
     return float(value)
 
@@ -82,6 +88,8 @@ def flag(name: str, value: object) -> None:
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
 
 
 def scoring(shift: object, ignore_index: object, temperature: object, backend: object) -> None:
@@ -268,7 +276,7 @@ def kl_source(
     elif kl is not None:
         if isinstance(kl, bool) or not isinstance(kl, (int, float)):
             raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
-        if not -math.inf < kl < math.inf:
+        if not -sys.float_info.max <= kl <= sys.float_info.max:
             raise ValueError(f"kl: expected a finite number, got {kl}")
 
 
@@ -296,20 +304,38 @@ def in_place(logits: Tensor) -> None:
             "inplace_backward: the logits are a leaf (a parameter or an input that requires grad), whose value the "
             "gradient would overwrite; pass the output of a computation, or inplace_backward=False"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape)):
-        raise ValueError("inplace_backward: the logits are expanded (several rows share memory); pass logits.clone()")
+    if _overlaps(logits):
+        raise ValueError(
+            "inplace_backward: the logits are expanded or overlap (several rows share memory); pass logits.clone()"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory: a stride does not reach past all that smaller ones do."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether to look at values: always on the CPU, elsewhere (it waits for the device) under KTO_KERNELS_DEBUG=1."""
+    if tensor.device.type == "cpu":
+        return True
+    return tensor.device.type != "meta" and os.environ.get("KTO_KERNELS_DEBUG") == "1"
 
 
 def check_values(rows: Rows, prefix: str = "") -> None:
-    """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N. CPU tensors only; on a
-    GPU looking would wait for the device."""
+    """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N."""
     label_values(rows.labels, rows.vocab, rows.ignore_index, prefix)
     if rows.cu_seqlens is not None:
         offset_values(f"{prefix}cu_seqlens", rows.cu_seqlens, rows.n_rows)
 
 
 def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = "") -> None:
-    if labels.device.type != "cpu":
+    if not _readable(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if outside.any():
@@ -321,8 +347,9 @@ def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = ""
 
 
 def offset_values(name: str, cu_seqlens: Tensor, n_rows: int) -> None:
-    """Offsets that rise from 0 to N; looked at on the CPU only. Two equal ones are an empty sequence: it scores 0."""
-    if cu_seqlens.device.type != "cpu":
+    """Offsets that rise from 0 to N. Two equal ones are an empty sequence, which scores 0: trainers that pack make
+    them, and a rank of a context-parallel group may have nothing of a sequence."""
+    if not _readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_rows or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"{name}: expected offsets that rise from 0 to N={n_rows}, got {cu_seqlens.tolist()}")

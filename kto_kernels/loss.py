@@ -109,7 +109,7 @@ def kto_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it. Labels and offsets on a GPU are not
-            looked at (that would wait for the device).
+            looked at (that would wait for the device) but under KTO_KERNELS_DEBUG=1, see `kto_kernels.checks`.
         RuntimeError: the backend named is not available; another rank of a group has other options or failed its
             checks; or, in backward, the gradient is differentiated again, or the logits have been overwritten.
     """
@@ -331,7 +331,7 @@ def linear_kto_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above, or `max_logits_bytes` holds not one row of logits; the
-            message names it. Labels and offsets on a GPU are not looked at.
+            message names it. Labels and offsets on a GPU as for `kto_loss`.
         RuntimeError: the backend named is not available; another rank of a group has other options or failed its
             checks; or, in backward, the gradient is differentiated again, or asked for a second time (the first
             backward hands it over).

@@ -25,6 +25,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 def targets(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor | None = None) -> Tensor:
     """The label that scores each position: `labels`, or with `shift` the next position's of the same sequence."""
+    labels = labels.long()  # an ignore_index may be wider than they are
     if not shift or labels.numel() == 0:
         return labels
     shifted = labels.roll(-1, dims=-1)

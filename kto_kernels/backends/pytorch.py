@@ -10,7 +10,9 @@ from .base import StagedBackend
 
 
 def _targets(rows: Rows) -> torch.Tensor:
-    return reference.targets(rows.labels, rows.shift, rows.ignore_index, rows.cu_seqlens)
+    """Labels outside the vocabulary, which only a GPU's may be, score nothing, as in the kernels."""
+    target = reference.targets(rows.labels, rows.shift, rows.ignore_index, rows.cu_seqlens)
+    return target.masked_fill((target < 0) | (target >= rows.vocab), rows.ignore_index)
 
 
 class TorchBackend(StagedBackend):
