@@ -102,7 +102,7 @@ def run_step(args: argparse.Namespace) -> None:
     repeats = min(args.repeats, 2) if args.quick else args.repeats
     session = Session("step", args)
     with session.progress:
-        for head in (step.TRAINED, step.LORA):
+        for head in (step.LORA,) if args.quick else (step.TRAINED, step.LORA):
             tick = session.task(f"{head} head", 2 * (repeats + 1) + 4)
             case = step.run(head, repeats, args.quick, tick, args.device)
             for part in (step.STEP, step.LOSS):
@@ -222,11 +222,11 @@ def parser() -> argparse.ArgumentParser:
     command = add("ceilings", run_ceilings, "copy and read bandwidth and bare GEMM rates of this device (10 s)")
     add_run(command, "ceilings")
 
-    command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 2 min, GPU 1 min)")
+    command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 4 min, GPU 1 min)")
     add_run(command, "logits")
     add_shapes(command, logits)
 
-    command = add("linear", run_linear, "the loss from hidden states, heads of real models (CPU 10 min, GPU 3 min)")
+    command = add("linear", run_linear, "the loss from hidden states, heads of real models (CPU 12 min, GPU 3 min)")
     add_run(command, "linear")
     add_shapes(command, linear)
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     add_shapes(command, memory)
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient")
 
-    command = add("longcontext", run_longcontext, "1k to 1M tokens until a peer fails (CPU 8 min, GPU 2 min)")
+    command = add("longcontext", run_longcontext, "1k to 1M tokens until a peer fails (CPU 7 min, GPU 2 min)")
     add_run(command, "longcontext")
     add_peers(command, longcontext)
     command.add_argument("--tokens", type=int, nargs="+", help="lengths, prompt and all (default: 1024 … 1048576)")

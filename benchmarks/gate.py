@@ -58,9 +58,8 @@ def admit(
             if name in mine:
                 raise
             absent[name] = f"fails: {reason(error)}"
-            del error
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        if name in absent and torch.cuda.is_available():
+            torch.cuda.empty_cache()
     naive = next((errors[name] for name in errors if name.startswith(NAIVE)), None)
     if naive is None:
         raise SystemExit(f"gate: naive PyTorch fails ({absent[NAIVE]}): there is nothing to hold ours to")

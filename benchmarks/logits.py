@@ -171,6 +171,7 @@ def run(
             except Exception as error:  # what cannot be recorded is timed as it is
                 launches[name] = f"no CUDA graph: {reason(error)}"
     seconds = interleaved(runs, repeats, clock_of(device), tick)
+    absent |= dict.fromkeys(runs.keys() - seconds.keys(), "fails: out of memory while it was timed")
     case = {"dtype": dtype, "N": batch.labels.numel(), "V": shape.vocab, "model": shape.model, "repeats": repeats}
     return case | {"errors against fp64": errors, "seconds": seconds, "launches": launches, "absent": absent}
 

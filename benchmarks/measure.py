@@ -32,14 +32,21 @@ class Timed:
 def interleaved(runs: dict[str, Timed], repeats: int, clock: Callable[[Callable], float], tick: Callable) -> dict:
     """Times each in turn, A B C A B C …, so that all see the same drift of the machine. One round is a warm-up.
 
-    Returns name → {"low", "median", "high"} in seconds; low and high are the quartiles.
+    Returns name → {"low", "median", "high"} in seconds; low and high are the quartiles. What runs out of memory is left
+    out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
-        for name, timed in runs.items():
-            argument = timed.setup()
-            elapsed = clock(lambda timed=timed, argument=argument: timed.run(argument))
-            del argument
+        for name in list(seconds):
+            timed = runs[name]
+            try:
+                argument = timed.setup()
+                elapsed = clock(lambda timed=timed, argument=argument: timed.run(argument))
+            except torch.OutOfMemoryError:
+                del seconds[name]
+                continue
+            finally:
+                argument = None
             if repeat >= 0:
                 seconds[name].append(elapsed)
         tick()

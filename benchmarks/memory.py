@@ -22,6 +22,7 @@ BASE = {"cpu": of_model("smollm2", 1024), "cuda": of_model("llama-3-8b", 8192)}
 SCORED = {"cpu": 256, "cuda": 8192}
 REPEATS = 1
 CAP = {"cpu": 30.0, "cuda": None}
+ON_CPU = ("naive", "trl", "liger", "scored", "torch")  # a start of a process each: the first three over V and H
 VALUES = {
     "cpu": {"sweep-n": (256, 1024, 4096), "sweep-v": (16384, 131072), "sweep-h": (256, 1024)},
     "cuda": {
@@ -35,8 +36,9 @@ VALUES = {
 def jobs(device: str) -> list[Job]:
     """Without `--shapes`: sweeps around one head, and on a GPU the other real heads."""
     dtypes, base = DTYPES_BY_DEFAULT[device], BASE[device]
+    over_n, some = (ON_CPU, ON_CPU[:3]) if device == "cpu" else (None, None)
     found = [
-        Job(shape, dtypes, ("naive", "scored", "trl", "liger", "torch") if device == "cpu" else None)
+        Job(shape, dtypes, over_n if name == "sweep-n" else some)
         for name, values in VALUES[device].items()
         for shape in sweep(name, base, values)
     ]

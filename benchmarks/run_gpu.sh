@@ -15,14 +15,15 @@ device=cuda
 for ((i = 1; i < $#; i++)); do
   if [ "${!i}" = --device ]; then j=$((i + 1)) && device=${!j}; fi
 done
-deadline=$((SECONDS + ${RUN_GPU_SECONDS:-530}))
+slower=${RUN_GPU_SLOWER:-1} # all limits times this: for a trial on a busy CPU
+deadline=$((SECONDS + 530 * slower))
 failed=()
 gate=$(mktemp)
 trap 'rm -f "$gate"' EXIT
 
 # measure SECONDS COMMAND [options]: at most that long, and no longer than what is left.
 measure() {
-  local limit=$1 command=$2 left=$((deadline - SECONDS))
+  local limit=$(($1 * slower)) command=$2 left=$((deadline - SECONDS))
   shift 2
   if [ "$left" -lt 5 ]; then
     echo "== $command: not run, no time left" | tee -a "$out/run.log"
@@ -42,11 +43,13 @@ measure() {
 # The gate: what is wrong is wrong on small shapes too, and then nothing else is worth its time.
 measure 90 linear "$@" --quick --peers naive --json "$gate" || exit 1
 measure 60 logits "$@" --quick --peers naive --json "$gate" || exit 1
-fast=naive,scored,trl,liger,liger-scaled,cce,torch,quack,quack-chunked # compiling the naive one takes too long here
-measure 130 linear "$@" --shapes llama-3-8b qwen2.5-7b --peers "$fast"
-measure 60 logits "$@"
-measure 110 longcontext "$@" --peers "$fast"
+fast=(--peers naive,scored,trl,liger,liger-scaled,cce,torch,quack,quack-chunked) # compiling the naive one takes too long
+all=()
+[ -z "${RUN_GPU_PEERS:-}" ] || fast=(--peers "$RUN_GPU_PEERS") all=("${fast[@]}") # for a trial
+measure 130 linear "$@" --shapes llama-3-8b qwen2.5-7b "${fast[@]}"
+measure 60 logits "$@" "${all[@]}"
+measure 110 longcontext "$@" "${fast[@]}"
 measure 60 step "$@"
-measure 60 memory "$@" --peers "$fast"
+measure 60 memory "$@" "${fast[@]}"
 measure 15 ceilings "$@"
 [ ${#failed[@]} -eq 0 ] || echo "incomplete: ${failed[*]}" | tee -a "$out/run.log"

@@ -51,7 +51,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     """The shapes to measure: those asked for, or the benchmark's own."""
     benchmark = args.benchmark
     if args.quick:
-        found = [Job(benchmark.QUICK, benchmark.DTYPES_BY_DEFAULT[args.device])]
+        found = [Job(benchmark.QUICK, benchmark.DTYPES_BY_DEFAULT[args.device][-1:])]
     elif args.shapes:
         base, scored = benchmark.BASE[args.device], benchmark.SCORED[args.device]
         shapes = [shape for text in args.shapes for shape in parse(text, base, scored)]

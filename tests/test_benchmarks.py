@@ -18,52 +18,115 @@ from benchmarks.__main__ import parser  # noqa: E402
 from benchmarks.session import jobs, settle  # noqa: E402
 from benchmarks.shapes import MODELS, Shape, of_model, parse  # noqa: E402
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two that wait for each other take long beside other tests
-TIMES = {"low": 0.1, "median": 0.2, "high": 0.3}
+# One dry run of what is run on a GPU, for all the tests of the command line ────────────────────────────────────────────
 
 
-def quick_run(benchmark: str, path: Path, *options: str) -> dict:
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> dict[str, dict]:
+    """benchmarks/run_gpu.sh on small shapes on the CPU: command → what it wrote, and its output under "output"."""
+    out = tmp_path_factory.mktemp("run_gpu")
+    settings = {"PYTHON": sys.executable, "RUN_GPU_SLOWER": "9", "RUN_GPU_PEERS": "naive"}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks", benchmark, "--quick", "--device", "cpu", "--json", str(path), *options],
+        ["benchmarks/run_gpu.sh", str(out), "--quick", "--device", "cpu"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=ONE_THREAD,
+        # Two threads that wait for each other take long beside whatever else runs.
+        env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
     )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(path.read_text())
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = {path.stem.removesuffix("-cpu"): json.loads(path.read_text()) for path in out.glob("*-cpu.json")}
+    return {**found, "output": run.stdout}
+
+
+MINE = "linear_kto_loss, cpu"
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("benchmark", report.BENCHMARKS)
+def test_every_command_prints_and_writes(dry_run, benchmark):
+    result = dry_run[benchmark]
     assert {"device", "driver", "versions", "commit", "date", "ceilings", "cases", "threads"} <= result.keys()
-    assert result["device"][:10] in run.stdout
-    return result
+    assert result["benchmark"] == benchmark and result["device"][:10] in dry_run["output"]
+    assert result["cases"] or benchmark == "ceilings"
+    rates = [result["ceilings"]["copy bytes/s"], result["ceilings"]["read bytes/s"]]
+    assert all(rate > 0 for rate in (*rates, *result["ceilings"]["gemm flop/s"].values()))
+    tables, _ = report.on_screen(result)
+    for title, (head, *rows) in tables:
+        assert rows and all(len(row) == len(head) for row in rows)
+        assert title[:12] in dry_run["output"]
 
 
-def test_quick_run_prints_and_writes(tmp_path):
-    result = quick_run("logits", tmp_path / "out.json", "--peers", "naive,trl,quack")
-    assert [case["dtype"] for case in result["cases"]] == ["fp32", "bf16"]
-    head, *rows = report.logits_table(result)
-    assert len(rows) == 2 * (2 + 2 + 3 + 1)  # naive and TRL, each with and without backward, ours, the yardstick
-    assert all(case["absent"] == {"quack cross_entropy": "absent: needs a GPU"} for case in result["cases"])
+@pytest.mark.alone
+def test_the_run_for_a_gpu_is_complete_and_in_order(dry_run):
+    begun = [line.split()[1].rstrip(",") for line in dry_run["output"].splitlines() if line.startswith("== ")]
+    gate = ["linear", "logits"]
+    assert begun == [*gate, "linear", "logits", "longcontext", "step", "memory", "ceilings"]
+
+
+@pytest.mark.alone
+def test_results_from_logits(dry_run):
+    head, *rows = report.logits_table(dry_run["logits"])
+    assert len(rows) == 2 + 3 + 1  # naive with and without backward, ours three times, the yardstick
     shares = [row[head.index("of the ceiling")] for row in rows]
     assert all(share.endswith(" %") for share, row in zip(shares, rows) if row[0] != "logits.sum()")
 
 
-def test_quick_run_from_hidden_states(tmp_path, monkeypatch):
-    keys = ("naive", "trl", "torch", "cce", "quack")
-    options = ("--peers", ",".join(keys), "--dtype", "bf16")
-    result = quick_run("linear", tmp_path / "linear-cpu.json", *options)
-    assert [(case["dtype"], case["head"]) for case in result["cases"]] == [("bf16", "trained")]
-    floor, mine = "bare GEMMs, 4G", "linear_kto_loss, cpu"
-    asked = {linear_peers.PEERS[key].name for key in keys}
-    for case in result["cases"]:
-        assert (case["N"], case["tokens"]) == (128, 192)  # a third of the tokens are prompts
-        timed, absent = set(case["seconds"]), set(case["absent"])
-        assert {floor, peers.NAIVE, mine} <= timed
-        assert timed | absent == {floor, mine, *asked} and not timed & absent
-        assert case["peak extra bytes"].keys() == timed - {floor} and all(case["peak extra bytes"].values())
+@pytest.mark.alone
+def test_results_from_hidden_states(dry_run, tmp_path, monkeypatch):
+    (case,) = dry_run["linear"]["cases"]
+    assert (case["N"], case["tokens"], case["head"]) == (128, 192, "trained")  # a third of the tokens are prompts
+    floor = "bare GEMMs, 4G"
+    timed = set(case["seconds"])
+    assert timed == {floor, peers.NAIVE, MINE} and not case["absent"]
+    assert case["peak extra bytes"].keys() == timed - {floor} and all(case["peak extra bytes"].values())
+    (tmp_path / "linear-cpu.json").write_text(json.dumps(dry_run["linear"]))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     section = report.section(report.ROOT / "README.md", "linear", "cpu", everything=True)
     assert "LinearPlan" in section and all(f"| {name} | bf16 |" in section for name in timed)
     assert report.section(report.ROOT / "README.md", "linear", "cuda", everything=True) == "not measured"
+
+
+@pytest.mark.alone
+def test_results_of_memory(dry_run):
+    (case,) = dry_run["memory"]["cases"]
+    peaks = case["peak extra bytes"]
+    assert peaks[peers.NAIVE] > peaks[MINE] > 0 and not case["failed"]
+    assert case["plan"]["peak bytes"] > 0 and case["sweep"] == "model"
+    ((_, rows),) = report.memory_tables(dry_run["memory"])
+    assert [row[0] for row in rows[1:]] == [MINE, peers.NAIVE, "the plan of ours"]
+
+
+@pytest.mark.alone
+def test_results_of_a_training_step(dry_run):
+    """A tiny model: every figure is there, the parts are those of the step; its times say nothing."""
+    (case,) = dry_run["step"]["cases"]
+    assert set(case["seconds"]) == {step.STEP, step.LOSS} and set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
+    for variant, parts in case["parts"].items():
+        assert set(parts) == {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}
+        whole = case["seconds"][step.STEP][variant]["median"]
+        # Of two rounds the medians are means: what is in no part is what the trainer does around them.
+        assert 0.7 * whole < sum(part["median"] for part in parts.values()) <= 1.001 * whole
+    head, theirs, mine = report.step_table(dry_run["step"])
+    assert theirs[:2] == [step.TRL, step.LORA] and mine[0] == step.OURS
+    assert theirs[head.index("/ TRL's")] == "1.00×" and mine[-1].endswith(" MiB")
+    head, *rows = report.step_parts_table(dry_run["step"])
+    assert len(rows) == 2 and len(head) == 2 + 6 + 2
+
+
+def test_run_gpu_stops_at_the_gate(tmp_path):
+    """Nothing is measured behind a gate that failed, and the exit status says so."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho gate: ours differ; exit 1\n")
+    python.chmod(0o755)
+    run = subprocess.run(
+        ["benchmarks/run_gpu.sh", str(tmp_path / "out"), "--device", "cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": str(python)},
+    )
+    assert run.returncode == 1 and run.stdout.count("== linear") == 2 and "== logits" not in run.stdout
 
 
 # Every peer, on a batch with prompts and one without, computes the loss; a softcap is known or refused ───────────────
@@ -242,12 +305,12 @@ def test_every_head_is_measured_by_default():
 
 
 def test_out_of_memory_is_a_result():
-    """Two processes that may take 256 MiB: ours goes through where the naive logits do not fit."""
-    shape = Shape(4096, 16, 32768, sequences=1)
-    options = {"dtype": "fp32", "head": linear.TRAINED, "limit": 2**28, "repeats": 2, "cap": 60.0}
+    """Two processes that may take 160 MiB: ours goes through where the naive logits do not fit."""
+    shape = Shape(1024, 16, 32768, sequences=1)
+    options = {"dtype": "fp32", "head": linear.TRAINED, "limit": 160 * 2**20, "repeats": 2, "cap": 60.0}
     ours, naive = (linear.point(name, shape, **options) for name in ("linear_kto_loss, cpu", peers.NAIVE))
     assert naive == {"peak extra bytes": None, "seconds": None, "failed": "out of memory"}
-    assert ours["failed"] is None and ours["seconds"] > 0 and ours["peak extra bytes"] < 2**28
+    assert ours["failed"] is None and ours["seconds"] > 0 and ours["peak extra bytes"] < 160 * 2**20
 
 
 def test_a_process_over_its_time_is_a_result():
@@ -286,53 +349,6 @@ def test_long_contexts_go_on_until_a_peer_fails(monkeypatch):
     )
 
 
-def test_memory_over_a_sweep(tmp_path):
-    result = quick_run("memory", tmp_path / "memory-cpu.json", "--peers", "naive,cce")
-    (case,) = result["cases"]
-    peaks = case["peak extra bytes"]
-    assert peaks[peers.NAIVE] > peaks["linear_kto_loss, cpu"] > 0 and case["failed"].keys() == {
-        "CCE linear_cross_entropy"
-    }
-    assert case["plan"]["peak bytes"] > 0 and case["sweep"] == "model"
-    ((_, rows),) = report.memory_tables(result)
-    assert [row[0] for row in rows[1:]] == ["linear_kto_loss, cpu", peers.NAIVE, "the plan of ours"]
-
-
-@pytest.mark.alone
-def test_run_gpu_writes_every_file(tmp_path):
-    """The whole script on small shapes: in its order, each command's file is there at the end."""
-    run = subprocess.run(
-        ["benchmarks/run_gpu.sh", str(tmp_path), "--quick", "--device", "cpu"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**ONE_THREAD, "PYTHON": sys.executable},
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    written = {path.name for path in tmp_path.glob("*.json")}
-    assert written == {f"{name}-cpu.json" for name in report.BENCHMARKS}
-    assert "incomplete" not in run.stdout and "failed or cut off" not in run.stdout
-    for path in tmp_path.glob("*.json"):
-        result = json.loads(path.read_text())
-        tables, _ = report.on_screen(result)
-        assert tables and (result["cases"] or result["benchmark"] == "ceilings")
-
-
-def test_run_gpu_stops_at_the_gate(tmp_path):
-    """Nothing is measured behind a gate that failed, and the exit status says so."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho gate: ours differ; exit 1\n")
-    python.chmod(0o755)
-    run = subprocess.run(
-        ["benchmarks/run_gpu.sh", str(tmp_path / "out"), "--device", "cpu"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": str(python)},
-    )
-    assert run.returncode == 1 and run.stdout.count("== linear") == 2 and "== logits" not in run.stdout
-
-
 # Measuring itself ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -361,22 +377,3 @@ def test_guard_against_regressions_from_hidden_states():
     seconds = {name: times["low"] for name, times in case["seconds"].items()}
     assert seconds[peers.NAIVE] / seconds["linear_kto_loss, cpu"] > 1.5
     assert seconds[linear_peers.SCORED] / seconds["linear_kto_loss, cpu"] > 1
-
-
-def test_a_training_step(tmp_path):
-    """A tiny model: the gate holds, every figure is there, the parts are those of the step; its times say nothing."""
-    pytest.importorskip("trl")
-    case = step.run(step.LORA, 2, True, lambda: None)
-    assert set(case["seconds"]) == {step.STEP, step.LOSS} and set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
-    for variant, parts in case["parts"].items():
-        assert set(parts) == {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}
-        whole = case["seconds"][step.STEP][variant]
-        # Of two rounds the medians are means: what is in no part is what the trainer does around them.
-        assert 0.7 * whole["median"] < sum(part["median"] for part in parts.values()) <= 1.001 * whole["median"]
-    case["seconds"] = {part: {step.TRL: TIMES, step.OURS: TIMES} for part in (step.STEP, step.LOSS)}
-    case["peak extra bytes"] = {part: {step.TRL: 2**21, step.OURS: 2**20} for part in (step.STEP, step.LOSS)}
-    head, theirs, mine = report.step_table({"cases": [case]})
-    assert theirs[:2] == [step.TRL, step.LORA] and mine[0] == step.OURS
-    assert mine[head.index("/ TRL's")] == "1.00×" and mine[-1] == "1.0 MiB"
-    head, *rows = report.step_parts_table({"cases": [case]})
-    assert len(rows) == 2 and len(head) == 2 + 6 + 2
