@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         description="Micro-benchmarks of kto_kernels beside its peers. Every command checks results against fp64 first, "
         "shows its progress, prints tables, and writes benchmarks/results/COMMAND-DEVICE.json with device, driver, versions, "
         "commit, date, shapes, medians and quartiles. Nothing changes clocks or other settings of a device. The durations "
-        "below are those of two AVX-512 cores and of one H100-class GPU.",
+        "below are rough: for two AVX-512 cores, and what is expected of an H100.",
     )
     commands = found.add_subparsers(required=True, metavar="command")
 
