@@ -31,7 +31,7 @@ test-sdist: $(VENV)/test.stamp  ## the package that `pip install --no-binary` ma
 sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/native/run.sh
 
-test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory and ms-swift, in .venv-versions/
+test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory, ms-swift and DeepSpeed, in .venv-versions/
 	PYTHON=$(PYTHON) tests/versions/run.sh
 
 demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU

@@ -1,9 +1,10 @@
 """DTensor arguments: the plain tensors that a rank computes with, and gradients that come back as they were sharded.
 
     rows    logits, hidden states, labels: a rank takes its own
-    heads   weights and biases: whole, however they are stored (FSDP2), or this rank's columns of the vocabulary group
+    heads   weights and biases: whole, however they are stored (FSDP2, or DeepSpeed's ZeRO-3, whose parameters are no
+            DTensors), or this rank's columns of the vocabulary group
 
-Plain tensors pass through. DTensor does the communication.
+Plain tensors pass through. DTensor and DeepSpeed do the communication.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ def heads(ranks: Ranks, **tensors: Tensor | None) -> list[Tensor | None]:
     gathered: dict[int, Tensor] = {}  # reference and policy may share one
 
     def whole(name: str, value: Any) -> Any:
-        if not is_dtensor(value):
+        partitioned = hasattr(value, "ds_shape") and value.shape != value.ds_shape
+        if not partitioned and not is_dtensor(value):
             return value
         if id(value) not in gathered:
-            gathered[id(value)] = _head(name, value, ranks)
+            gathered[id(value)] = _of_zero3(value) if partitioned else _head(name, value, ranks)
         return gathered[id(value)]
 
     return [whole(name, value) for name, value in tensors.items()]
@@ -95,6 +97,13 @@ def _head(name: str, value: DTensor, ranks: Ranks) -> Tensor:
                 raise ValueError(f"{where}, its vocab_group, expected Shard(0), got {placement}")
             placements[dimension] = gradient[dimension] = Shard(0)
     return value.redistribute(placements=placements).to_local(grad_placements=gradient)
+
+
+def _of_zero3(value: nn.Parameter) -> Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([value]):
+        return value.clone()  # the parameter is empty again behind this block
 
 
 def _is_dimension(mesh: dist.DeviceMesh, dimension: int, group: dist.ProcessGroup | None) -> bool:

@@ -1,12 +1,15 @@
 """DTensor arguments, FSDP2's parameters among them: a rank computes with plain tensors, and gradients come back with
 the placements and the division that FSDP2 gives its own."""
 
+import contextlib
 import functools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import problem
+from harness import problem, upstream
 from linear_harness import linear_problem
 from rank_pool import counted, device, distributed, pool
 from shard_harness import arguments, assert_near, run, some_sequences
@@ -117,6 +120,44 @@ def test_as_fsdp2_divides(separate):
     whose forward nobody calls, comes as a DTensor, and ends with the same division. The expected gradient is that of one
     process with the whole batch."""
     pool().run(fsdp, separate)
+
+
+class GatheredParameters(contextlib.AbstractContextManager):
+    """DeepSpeed's, of parameters that this process has the whole of."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        for parameter in self.parameters:
+            parameter.data = parameter.whole.clone()
+
+    def __exit__(self, *_):
+        for parameter in self.parameters:
+            parameter.data.zero_()
+            parameter.data = parameter.data.new_empty(0)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=["", "recomputed in the backward"])
+def test_a_head_of_zero3(monkeypatch, options):
+    """Empty when it comes, and again when the backward computes the logits once more. With DeepSpeed itself:
+    tests/versions/deepspeed_0_19."""
+    monkeypatch.setitem(
+        sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=GatheredParameters))
+    )
+    given = whole_problem(**options)
+    plain, expected = run(given)
+    call = {name: x.to(device()) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    for name in HEAD:
+        parameter = torch.nn.Parameter(torch.empty(0, device=device()), requires_grad=name in ("weight", "bias"))
+        parameter.whole, parameter.ds_shape = call[name], call[name].shape
+        call[name] = parameter
+    call["hidden"].requires_grad_()
+    out = linear_kto_loss(**call)
+    assert torch.equal(out.loss, plain.loss) and torch.equal(out.ref_logps, plain.ref_logps)
+    leaves = [call[name] for name in expected]
+    for (name, theirs), grad in zip(expected.items(), torch.autograd.grad(upstream(out.loss), leaves), strict=True):
+        assert torch.equal(grad, theirs) and theirs.abs().max() > 0, name
 
 
 # Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -123,12 +123,16 @@ def train(
     trainer.train()
     evaluation = trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry] + [evaluation]
-    return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}, history
+    return whole_parameters(trainer.model), history
 
 
-def whole(parameter):
-    """One that FSDP2 shards is gathered."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+def whole_parameters(model):
+    """Those that FSDP2 shards are gathered."""
+
+    def whole(parameter):
+        return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+    return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def timeless(entry: dict) -> dict:

@@ -60,16 +60,13 @@ class ChunkedLogProbFunction:
 
         Raises:
             TypeError, ValueError: as `linear_token_logps`.
-            NotImplementedError: the head is trained under DeepSpeed ZeRO-3, which gathers it in the forward only.
         """
         weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
         checks.head(hidden, weight, bias)
         checks.hidden_rows(hidden, targets, None, packed=False)
-        if weight.requires_grad and torch.is_grad_enabled() and hasattr(weight, "ds_id"):
-            raise NotImplementedError(
-                "weight: a head that is trained under DeepSpeed ZeRO-3 is not supported: the backward computes the "
-                "logits again, when the head is no longer gathered; freeze it, or use ZeRO-2"
-            )
+        if torch.is_grad_enabled() and hasattr(weight, "ds_id"):
+            # DeepSpeed's ZeRO-3 takes the gathered one back behind the forward; the backward computes logits again.
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
         scale = (float(logit_scale), final_logit_softcapping, float(temperature))
         wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
         logps, *extra = linear_scores(

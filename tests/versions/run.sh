@@ -1,5 +1,5 @@
 #!/bin/bash
-# Tests the integrations against other libraries' older releases. Usage: tests/versions/run.sh [FOLDER...], all by default.
+# Tests the integrations against other libraries' older releases, and under DeepSpeed. Usage: tests/versions/run.sh [FOLDER...], all by default.
 # Each folder beside this file has an environment of its own, .venv-versions/FOLDER, of what its pins.txt and no_deps.txt
 # name. Our package is the one in this tree, as `make` has built it. The tests of a folder run in a process each, as the
 # libraries change one another.
