@@ -142,10 +142,12 @@ class Ranks:
                 continue
             kinds = _devices(group)
             kind = device.type if device is not None and device.type in kinds else next(iter(kinds))
-            if name == "process_group":
-                dist.all_reduce(_kl_message(torch.zeros((), device=kind), 0, {}, failed=True), group=group)
-            else:
-                _gather(_header(kind, failed=True), group)
+            # Where nobody can be told (no such device, no such peer any more), the failure itself is what to raise.
+            with contextlib.suppress(Exception):
+                if name == "process_group":
+                    dist.all_reduce(_kl_message(torch.zeros((), device=kind), 0, {}, failed=True), group=group)
+                else:
+                    _gather(_header(kind, failed=True), group)
 
     def agree(
         self,
@@ -212,7 +214,9 @@ class Ranks:
             self.open_sequences = [bool(common >> k & 1) for k in bit.tolist()]
 
     def _same(self, layout: dict[str, Any]) -> dict[str, str]:
-        return {name: _said(value) for name, value in (self.options | layout).items()}
+        return {name: _said(value) for name, value in self.options.items()} | {
+            name: str(value) for name, value in layout.items()
+        }
 
     # The reference point ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import problem
-from linear_harness import VOCAB, WIDTH, gemm_flops, linear_problem
-from rank_pool import distributed, group, pool
-from shard_harness import LEAVES, arguments, assert_near, assert_same_sequences, run, some_tokens
+from linear_harness import HEAD, VOCAB, WIDTH, gemm_flops, linear_problem, plain_linear
+from rank_pool import counted, distributed, group, pool
+from shard_harness import LEAVES, arguments, assert_near, assert_same_sequences, run, some_sequences, some_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_kernels import LinearPlan
+from kto_kernels import LinearPlan, linear_kto_loss, sequence_logps
 from kto_kernels.linear import HeadGradient
 
 pytestmark = distributed
@@ -167,10 +167,10 @@ WAYS = {
 
 
 def shares(parts):
-    """A cut of packed sequences: of each, rank 0's share and then rank 1's."""
+    """A cut of packed sequences: of each, rank 0's share, then rank 1's, and so on."""
 
     def of(rank, ranks):
-        owner = torch.cat([torch.tensor([0] * first + [1] * second) for first, second in zip(*parts)])
+        owner = torch.tensor([r for its in zip(*parts) for r, count in enumerate(its) for _ in range(count)])
         return lambda length: owner[:length] == rank
 
     return of
@@ -248,3 +248,215 @@ def many_sequences(rank):
 def test_many_packed_sequences_are_not_recomputed():
     units, total = zip(*pool().run(many_sequences))
     assert sum(units) == 3 * total[0]
+
+
+# Half precision ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def half_precision(rank, dtype, long_sequences):
+    """Saturated sequences, their mean: coefficients are a small part of what the rows on this rank would allow."""
+    parts = ((200, 200), (200, 0), (200, 0), (200, 0))
+    problem = linear_problem(
+        tuple(map(sum, zip(*parts))), packed=True, prompt=0, ref=None, kl=None, average_log_prob=True,
+        long_sequences=long_sequences, max_logits_bytes=64 * 2 * VOCAB
+    ).to(dtype)  # fmt: skip
+    problem.options["kl"] = 60.0  # σ' is 1/300 at the most, where the mean of log-probabilities is near -10
+    given = arguments(problem)
+    scale = 2.0**20
+    leaves = {name: given.pop(name).clone().requires_grad_() for name in HEAD}
+    part = some_tokens(given | {"hidden": leaves["hidden"]}, shares(parts)(rank, 4))
+    hidden, labels, desirable = (part.pop(name) for name in ("hidden", "labels", "desirable"))
+    out = linear_kto_loss(
+        hidden, leaves["weight"], labels, desirable, bias=leaves["bias"], **part, context_group=dist.group.WORLD
+    )
+    (out.loss * scale).backward()
+    exact, exact_grads = plain_linear(problem.to(torch.float64))
+    assert out.logps.tolist() == pytest.approx(exact["logps"].tolist(), rel=4 * torch.finfo(dtype).eps)
+    for name, leaf in leaves.items():
+        total = leaf.grad.double()
+        dist.all_reduce(total)
+        wanted = exact_grads[name] * scale / 0.5  # of half the loss
+        unit = torch.finfo(dtype).eps * wanted.abs().max()
+        assert unit > 0 and (total - wanted).abs().max() <= 8 * unit, (name, (total - wanted).abs().max() / unit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype):
+    for long_sequences in ("auto", "defer"):
+        pool().run(half_precision, dtype, long_sequences)
+
+
+# What is exchanged ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+AGREE = ("all_gather", 5 * 8)
+FIVE, THREE = ("all_reduce", 5 * 8), ("all_reduce", 3 * 8)  # sums of sequences, and of mismatched ones
+CALLS = {
+    "logits": (lambda: problem(batch=5), LEAVES, [AGREE, THREE, THREE, FIVE, FIVE]),
+    "hidden": (lambda: linear_problem(), LEAVES, [AGREE, THREE, THREE, FIVE, FIVE]),
+    "frozen head": (lambda: linear_problem(ref="logps"), ("hidden",), [AGREE, THREE, FIVE]),
+    "forward only": (lambda: linear_problem(ref="logps", kl="number"), (), [AGREE, FIVE]),
+    "each sequence's loss": (lambda: linear_problem(ref=None, kl="logps", reduction="none"), LEAVES, [AGREE, FIVE]),
+    "means": (
+        lambda: linear_problem(ref="logps", kl="number", average_log_prob=True, max_logits_bytes=2 * FP32),
+        LEAVES,
+        [AGREE, ("all_reduce", 2 * 5 * 8)],
+    ),
+}
+
+
+def exchanged(rank, name):
+    make, trained, expected = CALLS[name]
+    part = some_tokens(arguments(make()), CUTS["uneven"](rank, 4))
+    with counted() as calls:
+        run(part, trained, context_group=dist.group.WORLD)
+    assert calls == expected, calls
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_all_reduce_of_sums(name):
+    """One for each set of sequences, whatever is trained and however many chunks there are."""
+    pool().run(exchanged, name)
+
+
+# The stage on its own, and with other groups ──────────────────────────────────────────────────────────────────────────
+
+
+def sums(rank, packed, average):
+    logps, labels = torch.randn(3, 40, dtype=torch.float64), torch.randint(2, (3, 40)) - 100
+    labels[1] = -100  # nothing scored
+    logps[labels == -100] = 0
+    options = {"average_log_prob": average}
+    mine = scattered(rank, 4)
+    if packed:
+        offsets = torch.tensor([0, 50, 50, 120])
+        logps, labels = logps.flatten(), labels.flatten()
+        rows = mine(120)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)])
+        layouts = ({"cu_seqlens": offsets}, {"cu_seqlens": before[offsets]})
+        pieces = logps[rows], labels[rows]
+    else:
+        rows = mine(40)
+        layouts = {}, {}
+        pieces = logps[:, rows], labels[:, rows]
+    weights = torch.tensor([1.0, -2.0, 3.0])
+    logps.requires_grad_()
+    whole = sequence_logps(logps, labels=labels, **layouts[0], **options)
+    (whole * weights).sum().backward()
+    leaf = pieces[0].clone().requires_grad_()
+    with counted() as calls:
+        out = sequence_logps(leaf, labels=pieces[1], context_group=dist.group.WORLD, **layouts[1], **options)
+        (out * weights).sum().backward()
+    assert calls == [AGREE, ("all_reduce", 8 * 3 * (2 if average else 1))]
+    torch.testing.assert_close(out, whole.detach())
+    torch.testing.assert_close(leaf.grad, logps.grad[rows] if packed else logps.grad[:, rows])
+    return out.tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_sequence_logps(packed, average):
+    results = pool().run(sums, packed, average)
+    assert results == results[:1] * 4  # the same bits on every rank
+
+
+def on_a_mesh(rank, packed, trained):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    dp, cp = mesh.get_coordinate()
+    lengths = (6, 3, 9, 0, 1, 12, 5)
+    given = arguments(
+        linear_problem(lengths, packed=packed, ref="logps", kl="hidden", outputs=OUTPUTS, max_logits_bytes=5 * FP32)
+    )
+    given["ref_kl_logps"] -= 20
+    whole, _ = run(given)
+    assert whole.kl > 1
+    sequences, mismatched = [(slice(0, 4), slice(0, 1)), (slice(4, 7), slice(1, 3))][dp]
+    batch = some_sequences(given, sequences, mismatched)
+    alone, alone_grads = run(
+        {name: value for name, value in batch.items() if "kl_" not in name} | {"kl": whole.kl}, trained
+    )
+    mine = zigzag(cp, 2)
+    groups = {"process_group": mesh["dp"], "context_group": mesh["cp"]}
+    out, grads = run(some_tokens(batch, mine), trained, **groups)
+    assert_same_sequences(out, whole, sequences)
+    assert_near("loss", out.loss, alone.loss)
+    for name, grad in grads.items():
+        if name == "hidden":
+            rows = mine(batch["labels"].shape[-1])
+            assert_near(name, grad, alone_grads[name][rows] if packed else alone_grads[name][:, rows])
+        else:
+            total = grad.clone()
+            dist.all_reduce(total, group=mesh["cp"].get_group())
+            assert_near(name, total, alone_grads[name])
+    return out.metrics(**groups), whole.metrics()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("trained", [LEAVES, ("hidden",)], ids=["trained head", "frozen head"])
+def test_data_and_context_parallel(packed, trained):
+    """Means over sequences are over the data-parallel ranks, means over tokens over both kinds."""
+    for everywhere, one_process in pool().run(on_a_mesh, packed, trained):
+        assert everywhere == pytest.approx(one_process, rel=1e-5, abs=1e-7)
+        assert {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"} <= everywhere.keys()
+
+
+# Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_differs(rank, change, who):
+    given = some_tokens(arguments(linear_problem(packed=True, ref="logps", kl="number")), CUTS["equal"](rank, 4))
+    if rank in who:
+        given |= change
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+        run(given, context_group=dist.group.WORLD)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"beta": 0.3}, "beta is 0.1, 0.1, 0.3, 0.1"),
+        ({"reduction": "sum"}, "reduction is mean, mean, sum, mean"),
+        ({"temperature": 2.0}, "temperature is 1.0, 1.0, 2.0, 1.0"),
+    ],
+)
+def test_ranks_that_disagree(change, said):
+    for message in pool().run(one_differs, change, (2,)):
+        assert message.startswith("RuntimeError: context_group: the ranks of the group disagree") and said in message
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            {"shift": True},
+            "ValueError: shift: with a context_group the label of a rank's last token is on another rank",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4, 5000])}, "ValueError: cu_seqlens: expected offsets that rise"),
+        ({"desirable": torch.ones(2, dtype=torch.bool)}, "ValueError: desirable: expected shape"),
+    ],
+)
+def test_a_rank_with_bad_input(change, said):
+    """It says what is wrong; the others say that a rank failed."""
+    messages = pool().run(one_differs, change, (2,))
+    assert messages.pop(2).startswith(said)
+    assert all("context_group: the checks of rank [2] of the group failed" in message for message in messages)
+
+
+def test_shift_is_refused_on_every_rank():
+    for message in pool().run(one_differs, {"shift": True}, range(4)):
+        assert message.startswith("ValueError: shift: with a context_group") and "pass shift=False" in message
+
+
+def number_of_sequences(rank):
+    given = arguments(linear_problem((4, 2, 3), ref=None, kl="number"))
+    if rank == 1:
+        given = some_sequences(given, slice(0, 2), slice(0, 0))
+    with pytest.raises(RuntimeError, match="context_group: the ranks of the group disagree: sequences is 3, 2, 3, 3"):
+        run(given, context_group=dist.group.WORLD)
+
+
+def test_another_number_of_sequences():
+    pool().run(number_of_sequences)
