@@ -41,9 +41,9 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
     """
     if group is None:
         return None
-    if not dist.is_available() or not isinstance(
-        group, (dist.ProcessGroup, dist.DeviceMesh, type(dist.GroupMember.NON_GROUP_MEMBER))
-    ):
+    # An int, as new_group returns it.
+    outsider = dist.is_available() and type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not dist.is_available() or not (outsider or isinstance(group, (dist.ProcessGroup, dist.DeviceMesh))):
         raise TypeError(f"{name}: expected a torch.distributed ProcessGroup or DeviceMesh, got {type(group).__name__}")
     if not dist.is_initialized():
         raise RuntimeError(f"{name}: torch.distributed is not initialised; call torch.distributed.init_process_group")
@@ -54,7 +54,7 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
                 "them, as mesh['tp']"
             )
         group = group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if outsider or dist.get_rank(group) < 0:
         raise ValueError(f"{name}: this rank ({dist.get_rank()}) is not of the group")
     return group if dist.get_world_size(group) > 1 else None
 

@@ -28,6 +28,7 @@ from .stages import (
     loss_options,
     loss_output,
     not_yet,
+    refuse_now,
     sequence_sums,
 )
 
@@ -174,6 +175,7 @@ def kto_loss(
             has_ref_kl=ref_kl_logits is not None or ref_kl_logps is not None,
         )
         checks.unshifted(shift, ranks.context)
+        refuse_now(ranks, backend, logits)
 
     if ranks:
         layout = {"sequences": count, "mismatched": kl_count, "dtype": logits.dtype}
@@ -419,6 +421,7 @@ def linear_kto_loss(
             has_ref_kl=ref_kl_hidden is not None or ref_kl_logps is not None,
         )
         checks.unshifted(shift, ranks.context)
+        refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
 
     layout = {"sequences": count, "mismatched": kl_count, "dtype": gemm_dtype(hidden, weight)}
     shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, cu_seqlens, kl_cu_seqlens, **layout)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from . import checks, dtensor, linear_ops, ops, reference
+from .backends import select
 from .distributed import Ranks, sums_over_ranks
 from .output import KTOOutput
+from .plan import LinearPlan
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 REDUCTIONS = ("mean", "sum", "none")
@@ -49,6 +51,7 @@ def token_logps(
         checks.flag("inplace_backward", inplace_backward)
         if inplace_backward:
             checks.in_place(given)
+        refuse_now(ranks, backend, logits)
     shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, dtype=logits.dtype)
     return logits_scores(
         logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
@@ -99,6 +102,7 @@ def linear_token_logps(
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
         checks.head(hidden, weight, bias)
         checks.hidden_rows(hidden, labels, None, packed=False)
+        refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
     shard = ranks.agree(labels, None, weight.shape[0], ignore_index, dtype=gemm_dtype(hidden, weight))
     logps, *_ = linear_scores(
         hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
@@ -115,6 +119,20 @@ def logits_scores(logits, labels, cu_seqlens, scoring, inplace_backward, backend
         logits, labels, cu_seqlens, shift, ignore_index, 1.0, None, temperature, inplace_backward, backend
     )
     return logps
+
+
+def refuse_now(
+    ranks: Ranks, backend: str, values: Tensor, weight: Tensor | None = None, max_logits_bytes: int | None = None
+) -> None:
+    """What the operators would refuse later, when other ranks wait for this one already."""
+    if not ranks:
+        return
+    if weight is None:
+        select(backend, values.device, values.dtype)
+    else:
+        dtype = gemm_dtype(values, weight)
+        select(backend, values.device, dtype, "hidden, weight")
+        LinearPlan.of((), *weight.shape, dtype, max_logits_bytes=max_logits_bytes, device=values.device)
 
 
 def not_yet(name: str, value: object) -> None:
