@@ -316,7 +316,8 @@ def linear_kto_loss(
         logit_scale, softcap, temperature: `z = softcap·tanh(logits·logit_scale/softcap)/temperature`, each > 0.
         max_logits_bytes: the most bytes of logits at once; by default what suits the device, see `LinearPlan`.
         long_sequences: a sequence whose logits exceed that is exact too: "defer" takes a second fp32 gradient of the
-            head while it is open, "recompute" another GEMM for all of its chunks but the last; "auto" the faster one.
+            head while it is open, "recompute" another GEMM for all of its chunks but the last; "auto" the faster one. With
+            a context group sequences are open until the ranks' sums are exchanged, see `LinearPlan`.
         outputs: out of "entropy", "mean_logits", "is_top1": of every scored token, without gradient.
         beta, desirable_weight, undesirable_weight, loss_type, average_log_prob, reduction: as for `kto_loss`. Under
             `reduction="none"` a trained head's logits are computed once more in the backward (4G).
