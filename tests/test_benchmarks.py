@@ -358,22 +358,42 @@ def test_peak_memory_is_seen():
     assert measure.peak_extra_bytes(lambda: None) < 2**20
 
 
+@pytest.fixture
+def cpu_seconds(monkeypatch):
+    """One thread, and the time that it runs, not the time that it waits: other programs trip no guard."""
+    flush = torch.empty(2**26, dtype=torch.int8)
+
+    def clock(run):
+        flush.zero_()
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for benchmark in (logits, linear):
+        monkeypatch.setattr(benchmark, "clock_of", lambda _: clock)
+    yield lambda case: {name: times["low"] for name, times in case["seconds"].items()}
+    torch.set_num_threads(threads)
+
+
+# Ratios inside one run, far below the published ones: noise does not trip them, a lost vector loop does.
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_guard_against_regressions(dtype):
-    """Ratios inside one run, far below the published ones: noise does not trip it, a lost vector loop does."""
-    case = logits.run(Shape(256, 0, 49152), dtype, 11, lambda: None, peers=("naive",))
-    seconds = {name: times["low"] for name, times in case["seconds"].items()}
+def test_guard_against_regressions(dtype, cpu_seconds):
+    seconds = cpu_seconds(logits.run(Shape(128, 0, 49152), dtype, 9, lambda: None, peers=("naive",)))
     naive = seconds[f"{peers.NAIVE}, {logits.FRESH}"]
-    assert naive / seconds[f"kto_loss, cpu, {logits.INPLACE}"] > 2
+    assert naive / seconds[f"kto_loss, cpu, {logits.INPLACE}"] > 1.5
     assert naive / seconds[f"kto_loss, cpu, {logits.FRESH}"] > 1.3
-    assert naive / seconds[f"kto_loss, cpu, {logits.FORWARD}"] > 3
+    assert naive / seconds[f"kto_loss, cpu, {logits.FORWARD}"] > 2.5
 
 
 @pytest.mark.alone
-def test_guard_against_regressions_from_hidden_states():
-    """The same from hidden states, in bf16, where the GEMMs leave room: a chunk's passes, or a fourth GEMM, are seen."""
-    case = linear.run(Shape(256, 256, 32768), "bf16", linear.TRAINED, 9, lambda: None, peers=("naive", "scored"))
-    seconds = {name: times["low"] for name, times in case["seconds"].items()}
-    assert seconds[peers.NAIVE] / seconds["linear_kto_loss, cpu"] > 1.5
-    assert seconds[linear_peers.SCORED] / seconds["linear_kto_loss, cpu"] > 1
+def test_guard_against_regressions_from_hidden_states(cpu_seconds):
+    """In bf16 and with few hidden units, where a pass too many over a chunk is not lost beside the GEMMs."""
+    case = linear.run(Shape(256, 64, 32768), "bf16", linear.TRAINED, 9, lambda: None, peers=("naive", "scored"))
+    seconds = cpu_seconds(case)
+    assert seconds[peers.NAIVE] / seconds["linear_kto_loss, cpu"] > 2.5
+    assert seconds[linear_peers.SCORED] / seconds["linear_kto_loss, cpu"] > 1.7
