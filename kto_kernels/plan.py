@@ -53,6 +53,11 @@ class Chunk:
     def rows(self) -> int:
         return self.stop - self.start
 
+    @property
+    def forms(self) -> bool:
+        """Whether gradients are made of it."""
+        return self.task not in (Task.SCORE, Task.EXCHANGE)
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -170,6 +175,25 @@ class LinearPlan:
     def flops(self) -> int:
         return round(self.gemm_units * 2 * self.rows * self.hidden * self.vocab)
 
+    def messages(self, *, vocab: bool = False, context: int | None = None) -> list[tuple[str, int]]:
+        """What a rank puts into the collectives of this pass, as (name, bytes), whatever the number of ranks is.
+
+        Args:
+            vocab: over the ranks of a vocabulary group: of each chunk three numbers a row, gathered, and the sum of the
+                hidden states' gradient.
+            context: over those of a context group, the sums of so many sequences.
+        """
+        sent = []
+        if vocab:
+            number = torch.promote_types(self.dtype, torch.float32).itemsize
+            sent += [("all_gather", 3 * number * chunk.rows) for chunk in self.chunks if chunk.rows]
+            if "hidden gradient" in self.bytes:
+                row = self.hidden * self.dtype.itemsize
+                sent += [("all_reduce", row * chunk.rows) for chunk in self.chunks if chunk.forms]
+        if context is not None:
+            sent.append(("all_reduce", 8 * context))
+        return sent
+
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
@@ -223,7 +247,7 @@ def _cut(
     size = dtype.itemsize
     kept = sum(chunk.rows for chunk in chunks if chunk.task is Task.KEEP)
     most = max((chunk.rows for chunk in chunks), default=0)
-    formed = [chunk for chunk in chunks if chunk.task not in (Task.SCORE, Task.EXCHANGE)]
+    formed = [chunk for chunk in chunks if chunk.forms]
     # One product needs no fp32 sum. (An fp16 head's gradient stays fp32 until it is scaled up against underflow.)
     once = len(formed) == 1 and weight_dtype == dtype != torch.float16
     gradient_dtype = dtype if once else torch.promote_types(dtype, torch.float32)
