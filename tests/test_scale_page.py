@@ -11,7 +11,7 @@ from rank_pool import counted, distributed, pool
 from shard_harness import arguments, run, some_columns, some_tokens
 
 from benchmarks import scale
-from kto_kernels import LinearPlan
+from kto_kernels import linear_ops
 
 pytestmark = distributed
 
@@ -28,7 +28,7 @@ CASES = {
 
 
 def messages(rank, case, over):
-    """What was called, and what the plans of the same call say."""
+    """What was called, and what the plans that were walked say."""
     options = dict(CASES[case])
     trained = options.pop("trained", ("hidden", "weight", "bias"))
     budget = BUDGET if over == "vocab_group" else 4 * BUDGET
@@ -37,14 +37,9 @@ def messages(rank, case, over):
         part = some_columns(given, slice(rank * VOCAB // 4, (rank + 1) * VOCAB // 4))
     else:
         part = some_tokens(given, lambda tokens: torch.arange(tokens) * 4 // tokens == rank)
-    plans, real = [], LinearPlan.of
-
-    def of(*args, **kwargs):
-        plans.append(real(*args, **kwargs))
-        return plans[-1]
-
-    with mock.patch.object(LinearPlan, "of", of), counted() as calls:
+    with mock.patch.object(linear_ops, "walk", side_effect=linear_ops.walk) as walks, counted() as calls:
         run(part, trained, **{over: dist.group.WORLD})
+    plans = [call.args[2] for call in walks.call_args_list]
     assert len(plans) == (5 if case == "known coefficients" else 4)
     assert over != "vocab_group" or max(len(plan.chunks) for plan in plans) > 3
     expected = [HEADER]
