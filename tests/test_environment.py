@@ -120,7 +120,7 @@ class _Losses(Dataset):
 
 def test_workers_of_a_dataloader():
     """Forked ones, each with one thread."""
-    items = list(DataLoader(_Losses(), batch_size=None, num_workers=2, worker_init_fn=_same_seed, timeout=120))
+    items = list(DataLoader(_Losses(), batch_size=None, num_workers=2, worker_init_fn=_same_seed, timeout=300))
     assert [int(index) for index, *_ in items] == [0, 1, 2, 3]
     torch.manual_seed(0)
     own = [_Losses()[i] for i in range(4)]
@@ -329,11 +329,3 @@ def test_a_device_that_is_not_the_current_one(backend):
     assert torch.equal(results[0][1].cpu(), results[1][1].cpu())
     with pytest.raises(ValueError, match=r"labels: expected device cuda:1"):
         token_logps(p.logits.to("cuda:1"), p.labels.to("cuda:0"))
-
-
-def test_meta_tensors_have_shapes_and_no_values():
-    x, labels = torch.randn(3, 4, 50, device="meta"), torch.zeros(3, 4, dtype=torch.int64, device="meta")
-    out = kto_loss(x, labels, torch.ones(3, dtype=torch.bool, device="meta"), kl=0.1)
-    assert out.loss.shape == () and out.rewards.shape == (3,) and out.loss.device.type == "meta"
-    with pytest.raises(ValueError, match=r"labels: expected device meta"):
-        token_logps(x, torch.zeros(3, 4, dtype=torch.int64))

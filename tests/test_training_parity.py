@@ -1,6 +1,7 @@
 """Training does not notice: the parameters end no farther from plain PyTorch's than runs of plain PyTorch that differ by
 rounding are from each other. `python -m benchmarks.training` is the long form, with the picture."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import training
+from benchmarks.plots import digest
 
 STEPS = 15
 
@@ -32,3 +34,11 @@ def test_our_parameters_are_within_plain_pytorch_s_own_rounding(dtype):
 @pytest.mark.parametrize("dtype", training.DTYPES)
 def test_gradients_one_percent_too_large_are_noticed(dtype):
     assert farther(training.run(dtype, 5, seeds=1, error=1.01)) == list(training.OURS)
+
+
+def test_the_results_that_the_documentation_shows():
+    result = json.loads(training.RESULTS.read_text())
+    assert [case["dtype"] for case in result["cases"]] == list(training.DTYPES)
+    for case in result["cases"]:
+        assert case["steps"] == 200 and farther(case) == []
+    assert digest(result) in training.RESULTS.with_suffix(".svg").read_text()
