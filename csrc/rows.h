@@ -64,18 +64,27 @@ KTO_HD int64_t logits_offset(const Rows& rows, int64_t n) {
   return n / rows.tokens * rows.logits_stride_b + n % rows.tokens * rows.logits_stride_t;
 }
 
-// The label that scores row n of a sequence that ends before row `end`, or -1 where nothing does.
+// A label given as this one is in columns of the vocabulary that are not here.
+constexpr int64_t kElsewhere = -(int64_t(1) << 62);
+
+// What is said of a row instead of its label: nothing scores it, or a label that is elsewhere, so
+// that its logit counts as -inf here.
+constexpr int64_t kIgnored = -1, kAbsent = -2;
+
+// The label that scores row n of a sequence that ends before row `end`, or one of these.
 KTO_HD int64_t label_within(const Rows& rows, int64_t n, int64_t end) {
-  if (rows.shift && n + 1 >= end) return -1;
+  if (rows.shift && n + 1 >= end) return kIgnored;
   const int64_t at = n + (rows.shift ? 1 : 0);
   const int64_t offset = rows.tokens == 0 ? at * rows.labels_stride_t
                                           : at / rows.tokens * rows.labels_stride_b +
                                                 at % rows.tokens * rows.labels_stride_t;
   const int64_t label = index_at(rows.labels, offset);
-  return (label == rows.ignore_index || label < 0 || label >= rows.vocab) ? -1 : label;
+  if (label == rows.ignore_index) return kIgnored;
+  if (label == kElsewhere) return kAbsent;
+  return label < 0 || label >= rows.vocab ? kIgnored : label;
 }
 
-// The label that scores row n, or -1 where nothing does.
+// The label that scores row n, kIgnored or kAbsent.
 KTO_HD int64_t label_of(const Rows& rows, int64_t n) {
   return label_within(rows, n, rows.shift ? sequence_range(rows, sequence_of(rows, n)).end : 0);
 }

@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 
 from .backends import NAMES
 from .dtensor import is_dtensor
-from .rows import Rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -118,10 +117,11 @@ def rows(
     *,
     like: Tensor | None = None,
     packed: bool = True,
+    sharded: bool = False,
 ) -> int:
     """Logits called `name` with the labels that score them; returns the number of sequences. `prefix` is that of the
     labels and offsets; without `packed`, two-dimensional logits are one sequence and need no offsets."""
-    vocabulary(name, logits, like)
+    vocabulary(name, logits, like, sharded)
     tensor(f"{prefix}labels", labels, INTEGERS, like=logits)
     return _layout(logits, labels, cu_seqlens, prefix, name, "V", packed)
 
@@ -146,11 +146,14 @@ def _layout(
     return offsets(f"{prefix}cu_seqlens", cu_seqlens, values)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", name: str = "hidden") -> None:
-    """A head (V, H) with its bias (V,), and the hidden states called `name` that it projects."""
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", name: str = "hidden", sharded: bool = False
+) -> None:
+    """A head (V, H) with its bias (V,), and the hidden states called `name` that it projects. `sharded`: a rank of a
+    vocabulary group may have none of it."""
     tensor(name, hidden, FLOATS)
     tensor(f"{prefix}weight", weight, FLOATS, like=hidden)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{prefix}weight: expected (V, H) with V >= 1, got shape {_shape(weight)}")
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name}: expected (B, T, H) or packed (N, H), got shape {_shape(hidden)}")
@@ -167,9 +170,11 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", 
     reverse_mode(f"{prefix}weight", weight)
 
 
-def reference_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor) -> None:
+def reference_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor, sharded: bool = False
+) -> None:
     """The reference's head, of the policy's vocabulary; its hidden states may have another width."""
-    head(hidden, weight, bias, "ref_", name)
+    head(hidden, weight, bias, "ref_", name, sharded)
     if weight.shape[0] != policy.shape[0]:
         raise ValueError(f"ref_weight: expected a vocabulary of {policy.shape[0]} as weight, got {weight.shape[0]}")
     if hidden.device != policy.device:
@@ -216,12 +221,13 @@ def offsets(name: str, cu_seqlens: Tensor, like: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def vocabulary(name: str, logits: Tensor, like: Tensor | None = None) -> None:
-    """Floating logits of two or three dimensions, at least one token wide, contiguous along the vocabulary."""
+def vocabulary(name: str, logits: Tensor, like: Tensor | None = None, sharded: bool = False) -> None:
+    """Floating logits of two or three dimensions, at least one token wide (`sharded`: or none), contiguous along the
+    vocabulary."""
     tensor(name, logits, FLOATS if like is None else (like.dtype,), like)
     if logits.dim() not in (2, 3):
         raise ValueError(f"{name}: expected (B, T, V) or packed (N, V), got shape {_shape(logits)}")
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and not sharded:
         raise ValueError(f"{name}: expected a vocabulary of at least one token, got shape {_shape(logits)}")
     if like is not None and logits.shape[-1] != like.shape[-1]:
         raise ValueError(f"{name}: expected a vocabulary of {like.shape[-1]} as for the logits, got {logits.shape[-1]}")
@@ -327,11 +333,11 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and os.environ.get("KTO_KERNELS_DEBUG") == "1"
 
 
-def check_values(rows: Rows, prefix: str = "") -> None:
+def row_values(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, ignore_index: int, prefix: str = "") -> None:
     """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N."""
-    label_values(rows.labels, rows.vocab, rows.ignore_index, prefix)
-    if rows.cu_seqlens is not None:
-        offset_values(f"{prefix}cu_seqlens", rows.cu_seqlens, rows.n_rows)
+    label_values(labels, vocab, ignore_index, prefix)
+    if cu_seqlens is not None:
+        offset_values(f"{prefix}cu_seqlens", cu_seqlens, labels.numel())
 
 
 def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = "") -> None:

@@ -75,11 +75,22 @@ def _devices(group: dist.ProcessGroup) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the logits this rank has: [offset, offset + its own) of `vocab`."""
+    """Which columns of the logits this rank has: [offset, offset + its own) of `vocab`; the most that a rank has is
+    `widest`."""
 
     group: dist.ProcessGroup
     offset: int
     vocab: int
+    widest: int
+
+    @classmethod
+    def of(cls, group: str | None, offset: int, vocab: int, widest: int) -> VocabShard | None:
+        """Of an operator's arguments, which know the group by its name; None without one."""
+        return None if group is None else cls(by_name(group), offset, vocab, widest)
+
+    @property
+    def arguments(self) -> tuple[str, int, int, int]:
+        return self.group.group_name, self.offset, self.vocab, self.widest
 
 
 @dataclass
@@ -147,7 +158,7 @@ class Ranks:
                 if name == "process_group":
                     dist.all_reduce(_kl_message(torch.zeros((), device=kind), 0, {}, failed=True), group=group)
                 else:
-                    _gather(_header(kind, failed=True), group)
+                    gather(_header(kind, failed=True), group)
 
     def agree(
         self,
@@ -157,10 +168,15 @@ class Ranks:
         ignore_index: int,
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
+        steps: dict[str, Any] | None = None,
         **layout: Any,
     ) -> VocabShard | None:
         """Compares options and layout within the vocabulary and the context group, and checks that the labels are in
         the vocabulary of all ranks, and the offsets. With such a group it waits for the device.
+
+        Args:
+            columns: of the logits that this rank has.
+            steps: what else a vocabulary group must share, so that its ranks take the same steps.
 
         Returns:
             With a vocabulary group, where this rank's `columns` of the logits are.
@@ -176,12 +192,14 @@ class Ranks:
         shapes = [tuple(labels.shape), None if kl_labels is None else tuple(kl_labels.shape)]
         shard = None
         if self.vocab is not None:
-            same = self._same(layout | {"shapes of labels and kl_labels": shapes})
+            same = self._same(layout | {"shapes of labels and kl_labels": shapes} | (steps or {}))
             header = _header(labels.device, same, columns, torch.cat(everything))
             with Ranks(context=self.context, process=self.process)._telling(labels.device):
                 sizes, _ = _compare("vocab_group", self.vocab, header, same)
+                if sum(sizes) == 0:
+                    raise ValueError("vocab_group: expected a column of the vocabulary on one rank at least, got none")
             mine = dist.get_rank(self.vocab)
-            shard = VocabShard(self.vocab, sum(sizes[:mine]), sum(sizes))
+            shard = VocabShard(self.vocab, sum(sizes[:mine]), sum(sizes), max(sizes))
             columns = shard.vocab
         with Ranks(context=self.context, process=self.process)._telling(labels.device):
             checks.label_values(labels, columns, ignore_index)
@@ -268,7 +286,7 @@ def _header(
     return header
 
 
-def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's (...) values as (ranks, ...)."""
     out = values.new_empty(dist.get_world_size(group), *values.shape)
     dist.all_gather(list(out.unbind()), values, group=group)
@@ -277,7 +295,7 @@ def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _compare(name: str, group: dist.ProcessGroup, header: Tensor, same: dict[str, str]) -> tuple[list[int], list[int]]:
     """Each rank's columns, and bits of its sequences, if all agree."""
-    headers = _gather(header, group).tolist()
+    headers = gather(header, group).tolist()
     failed = [rank for rank, (bad, *_) in enumerate(headers) if bad]
     if failed:
         raise RuntimeError(f"{name}: the checks of rank {failed} of the group failed; their own errors say why")

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import reference, shards
 from .backends.base import Backend
-from .distributed import sums_over_ranks
+from .distributed import VocabShard, sums_over_ranks
 from .plan import Chunk, LinearPlan, Task
-from .rows import LossOptions, Scale
+from .rows import ChunkScores, LossOptions, Scale, local_labels
 
 # Rows and columns at a time where a product is rounded to 16 bits before it is added: the tile stays in the cache.
 _TILE = 1024
@@ -34,19 +34,35 @@ class ScoredRows:
 
     hidden: Tensor  # (B, T, H) or (N, H), any strides
     positions: Tensor  # (S,) int64, row numbers in B·T or N
-    labels: Tensor  # (S,) int64
+    labels: Tensor  # (S,) int64; of a shard's columns, or ELSEWHERE
     lengths: list[int]  # of each sequence
+    shard: VocabShard | None = None
 
     @classmethod
     def of(
-        cls, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, vocab: int
+        cls,
+        hidden: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        shift: bool,
+        ignore_index: int,
+        columns: int,
+        shard: VocabShard | None = None,
     ) -> ScoredRows:
-        """Waits for the device once: how many rows there are decides shapes."""
+        """Waits for the device once: how many rows there are decides shapes. `columns` are those of this rank."""
+        vocab = columns if shard is None else shard.vocab
         target, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, vocab)
         lengths = scored_lengths(scored, cu_seqlens)
         # The count is known now, so that nothing waits again.
         positions = scored.flatten().nonzero_static(size=sum(lengths)).squeeze(-1)
-        return cls(hidden, positions, target.flatten()[positions].long(), lengths)
+        target = target.flatten()[positions].long()
+        return cls(
+            hidden,
+            positions,
+            target if shard is None else local_labels(target, shard.offset, columns),
+            lengths,
+            shard,
+        )
 
     def take(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:  # (C, H)
         rows = self.positions[chunk.start : chunk.stop]
@@ -58,6 +74,20 @@ class ScoredRows:
             tokens = self.hidden.shape[1]
             taken = self.hidden[rows // tokens, rows % tokens]
         return taken.to(dtype)
+
+    def score(
+        self,
+        backend: Backend,
+        logits: Tensor,  # (C, V), overwritten by their gradient if that `forms`
+        chunk: Chunk,
+        scale: Scale,
+        forms: bool,
+        outputs: tuple[str, ...],
+    ) -> ChunkScores:
+        labels = self.labels[chunk.start : chunk.stop]
+        if self.shard is None:
+            return backend.score_chunk(logits, labels, scale, forms, outputs)
+        return shards.score_chunk(self.shard, backend, logits, labels, scale, forms, outputs)
 
     def spread(self, values: Tensor) -> Tensor:
         """(S,) values in the labels' shape; zeros where nothing is scored."""
@@ -313,6 +343,18 @@ class LossCoefficients:
         return self.slopes[sequence] / self.unit
 
 
+class _Sum:
+    """The gradient of a chunk's hidden states, on its way to be the sum over all ranks' columns."""
+
+    def __init__(self, chunk: Chunk, gradient: Tensor, group: dist.ProcessGroup) -> None:
+        self.result = chunk, gradient
+        self.work = dist.all_reduce(gradient, group=group, async_op=True)
+
+    def wait(self) -> tuple[Chunk, Tensor]:
+        self.work.wait()
+        return self.result
+
+
 def walk(
     rows: ScoredRows,
     head: Head,
@@ -322,7 +364,11 @@ def walk(
     outputs: tuple[str, ...] = (),
     coefficients: Coefficients | None = None,
 ) -> Walk:
-    """Runs the chunks of the plan. `coefficients` where the head is trained."""
+    """Runs the chunks of the plan. `coefficients` where the head is trained.
+
+    Where ranks share the vocabulary, each chunk costs one gather (see `kto_kernels.shards`), and one all-reduce of the
+    hidden states' gradient, which is under way during the chunk's other product and the next chunk's first.
+    """
     device, dtype = rows.hidden.device, head.weight.dtype
     total_rows = len(rows.positions)
     float_dtype = reference.compute_dtype(dtype)
@@ -337,8 +383,19 @@ def walk(
     apart: dict[int, HeadGradient] = {}  # of sequences that are still open, unscaled
     kept: list[tuple[Chunk, Tensor]] = []  # chunks whose gradients wait in the buffer, one behind the other
     buffer = backend.empty((plan.buffer_rows, head.weight.shape[0]), dtype, device)
+    on_its_way: list[_Sum] = []  # one at most
+
+    def put(chunk: Chunk, gradient: Tensor) -> None:
+        flat.index_copy_(0, rows.positions[chunk.start : chunk.stop], gradient.to(flat.dtype))
+
+    def settle() -> None:
+        while on_its_way:
+            put(*on_its_way.pop().wait())
 
     def form(chunk: Chunk, gradient: Tensor, h: Tensor) -> None:
+        if needs.hidden and rows.shard is not None:
+            settle()
+            on_its_way.append(_Sum(chunk, torch.mm(gradient, head.weight), rows.shard.group))
         if needs.head:
             sequence = chunk.sequences[0]
             if chunk.task is Task.DEFER:
@@ -349,10 +406,9 @@ def walk(
                     if sequence in apart:
                         total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
                 total.add(gradient, h, coefficients.of_rows(chunk))
-        if needs.hidden:
+        if needs.hidden and rows.shard is None:
             # The chunk's hidden states have done their work: their gradient takes their place.
-            positions = rows.positions[chunk.start : chunk.stop]
-            flat.index_copy_(0, positions, torch.mm(gradient, head.weight, out=h).to(flat.dtype))
+            put(chunk, torch.mm(gradient, head.weight, out=h))
 
     for chunk in plan.chunks:
         if chunk.task is Task.EXCHANGE:
@@ -368,12 +424,13 @@ def walk(
             continue
         h = rows.take(chunk, dtype)
         gradient = head.project(h, buffer[sum(waiting.rows for waiting, _ in kept) :])
+        settle()
         forms = chunk.task is not Task.SCORE
         scored = slice(chunk.start, chunk.stop)
         if forms and isinstance(coefficients, BothCoefficients):
             coefficients.gradient_(gradient, rows.labels[scored], chunk, head.scale)
         else:
-            scores = backend.score_chunk(gradient, rows.labels[scored], head.scale, forms, outputs)
+            scores = rows.score(backend, gradient, chunk, head.scale, forms, outputs)
             logps[scored] = scores.logps
             for name, values in extra.items():
                 values[scored] = getattr(scores, name)
@@ -381,4 +438,5 @@ def walk(
             kept.append((chunk, gradient))
         elif forms:
             form(chunk, gradient, h)
+    settle()
     return Walk(logps, extra, hidden, total)

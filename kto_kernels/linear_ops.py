@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import checks, ops, reference
 from .backends import select
-from .distributed import by_name
+from .distributed import VocabShard, by_name
 from .linear import (
     BothCoefficients,
     Head,
@@ -41,17 +41,16 @@ from .rows import OUTPUTS, LossOptions, Scale
 # What they share ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _frame(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype, backend, prefix=""):
+def _frame(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype, backend, shard, prefix=""):
     """(backend, scored rows, head) of checked arguments; `prefix` is that of the labels, for messages."""
     chosen = select(backend, hidden.device, dtype, "hidden, weight")
-    checks.label_values(labels, weight.shape[0], ignore_index, prefix)
-    if cu_seqlens is not None:
-        checks.offset_values(f"{prefix}cu_seqlens", cu_seqlens, labels.numel())
-    rows = ScoredRows.of(hidden, labels, cu_seqlens, shift, ignore_index, weight.shape[0])
+    columns = weight.shape[0]
+    checks.row_values(labels, cu_seqlens, columns if shard is None else shard.vocab, ignore_index, prefix)
+    rows = ScoredRows.of(hidden, labels, cu_seqlens, shift, ignore_index, columns, shard)
     return chosen, rows, Head(weight.to(dtype), None if bias is None else bias.to(dtype), Scale(*scale))
 
 
-def _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options) -> LinearPlan:
+def _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, widest=None, **options) -> LinearPlan:
     return LinearPlan.of(
         lengths,
         *weight.shape,
@@ -64,6 +63,7 @@ def _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options) ->
         hidden_dtype=hidden.dtype,
         max_logits_bytes=max_logits_bytes,
         device=hidden.device,
+        widest=widest,
         **options,
     )
 
@@ -130,14 +130,18 @@ def linear_token_logps(
     inplace_backward: bool,  # the caller keeps no gradient that this returns: the backward may scale it where it lies
     backend: str,
     prefix: str,  # of the labels' and offsets' names in messages
+    group: Optional[str] = None,  # of ranks that share the vocabulary, as in `kto_kernels.ops`
+    offset: int = 0,
+    vocab: Optional[int] = None,
+    widest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
             hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
-            backend, prefix
+            backend, VocabShard.of(group, offset, vocab, widest), prefix
         )  # fmt: skip
         needs = Needs(hidden=gradient)
-        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes)
+        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, widest or None)
         walked = walk(rows, head, plan, chosen, needs, _names(outputs))
         return rows.spread(walked.logps), *_token_outputs(walked, rows, outputs), walked.hidden
 
@@ -145,7 +149,7 @@ def linear_token_logps(
 @linear_token_logps.register_fake
 def _(
     hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
-    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix,
+    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix, *_, **__,
 ):  # fmt: skip
     float_dtype = reference.compute_dtype(dtype)
     return (
@@ -156,9 +160,11 @@ def _(
 
 
 def _token_logps_context(ctx, inputs, output):
-    hidden, weight, bias, labels, cu_seqlens, *options, _, ctx.formed, ctx.inplace, backend, _ = inputs
+    hidden, weight, bias, labels, cu_seqlens, *options, _, ctx.formed, ctx.inplace, backend, _ = inputs[:17]
+    ctx.shard = inputs[17:]
     _, entropy, *extra, dhidden = output
-    ctx.has_entropy = "entropy" in _names(inputs[12])
+    # Over ranks the entropy is for logging only.
+    ctx.has_entropy = "entropy" in _names(inputs[12]) and ctx.shard[0] is None
     ctx.mark_non_differentiable(*extra, dhidden, *(() if ctx.has_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
     ctx.options, ctx.backend = options, backend
@@ -170,14 +176,14 @@ def _token_logps_context(ctx, inputs, output):
 @ops.once
 def _token_logps_backward(ctx, grad, entropy_grad, *_):
     if grad is None and entropy_grad is None:
-        return (None,) * 17
+        return (None,) * 21
     dhidden, hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
     if ctx.formed and entropy_grad is None:
         shift, ignore_index = ctx.options[:2]
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
         dhidden = _own(ctx, dhidden)
         scale_rows_(dhidden, torch.where(scored, grad, 0.0))
-        return dhidden, *(None,) * 16
+        return dhidden, *(None,) * 20
     needs = ctx.needs_input_grad[:3]
     gradients = linear_backward(
         torch.zeros_like(entropy_grad) if grad is None else grad,
@@ -190,8 +196,9 @@ def _token_logps_backward(ctx, grad, entropy_grad, *_):
         *ctx.options,
         *needs,
         ctx.backend,
+        *ctx.shard,
     )
-    return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 14
+    return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 18
 
 
 def _saved(ctx) -> tuple[Tensor | None, ...]:
@@ -242,14 +249,20 @@ def linear_backward(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    group: Optional[str] = None,  # of ranks that share the vocabulary, as in `kto_kernels.ops`
+    offset: int = 0,
+    vocab: Optional[int] = None,
+    widest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
             hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
-            backend
+            backend, VocabShard.of(group, offset, vocab, widest)
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
-        plan = _plan(rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, known_coefficients=True)
+        plan = _plan(
+            rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, widest or None, known_coefficients=True
+        )
         grads = [None if g is None else g.flatten()[rows.positions] for g in (grad, entropy_grad)]
         unit = None
         if dtype == torch.float16:  # coefficients near 1, so that products with them do not underflow
@@ -267,8 +280,11 @@ def linear_backward(
 
 
 @linear_backward.register_fake
-def _(grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, *options):
-    return _fake_gradients(hidden, weight, bias, *options[-4:-1])
+def _(
+    grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap,
+    temperature, dtype, max_logits_bytes, needs_hidden, needs_weight, needs_bias, *_, **__,
+):  # fmt: skip
+    return _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
 
 
 # The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,16 +321,20 @@ def linear_kto(
     context_group: Optional[str],
     inplace_backward: bool,  # as above
     backend: str,
+    group: Optional[str] = None,  # of ranks that share the vocabulary, as in `kto_kernels.ops`
+    offset: int = 0,
+    vocab: Optional[int] = None,
+    widest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
             hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
-            backend
+            backend, VocabShard.of(group, offset, vocab, widest)
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
         plan = _plan(
-            rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, long_sequences=long_sequences,
-            open_sequences=open_sequences
+            rows.lengths, hidden, weight, dtype, needs, max_logits_bytes, widest or None,
+            long_sequences=long_sequences, open_sequences=open_sequences
         )  # fmt: skip
         options = LossOptions(beta, desirable_weight, undesirable_weight, average_log_prob, reduction)
         unit = _smallest_unit(options, rows.lengths, open_sequences) if dtype == torch.float16 else 1.0
@@ -354,7 +374,7 @@ def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
     long_sequences, outputs, needs_hidden, needs_weight, needs_bias, open_sequences, context_group, inplace_backward,
-    backend,
+    backend, *_, **__,
 ):  # fmt: skip
     float_dtype = reference.compute_dtype(dtype)
     per_sequence = torch.empty(desirable.shape, dtype=torch.float64, device=hidden.device)
@@ -373,7 +393,7 @@ def _kto_context(ctx, inputs, output):
     _, _, slopes, *_, dhidden, dweight, dbias = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    *_, ctx.inplace, ctx.backend = inputs
+    ctx.inplace, ctx.backend = inputs[27:29]
     ctx.dtypes = _dtypes(hidden, weight, bias)
     ctx.save_for_backward(labels, cu_seqlens, slopes, dhidden, dweight, dbias)
 
@@ -381,7 +401,7 @@ def _kto_context(ctx, inputs, output):
 @ops.once
 def _kto_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 29
+        return (None,) * 33
     labels, cu_seqlens, slopes, *gradients = _saved(ctx)
     needs = ctx.needs_input_grad[:3]
     gradients = [_own(ctx, gradient) for gradient in gradients]
@@ -396,7 +416,7 @@ def _kto_backward(ctx, grad, *_):
     for gradient, needed in zip(gradients[1:], needs[1:]):
         if needed:
             scale_(gradient, grad, ctx.backend)
-    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 26
+    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 30
 
 
 # Upstream gradients, in place ─────────────────────────────────────────────────────────────────────────────────────────
@@ -442,33 +462,40 @@ register_autograd(linear_kto, _kto_backward, setup_context=_kto_context)
 # What FlopCounterMode counts: the GEMMs of the plan, over the scored rows ─────────────────────────────────────────────────
 
 
-def _flops(hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, **options) -> int:
+def _flops(
+    hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, vocab, widest, **options
+) -> int:  # fmt: skip
     if isinstance(labels, FakeTensor):  # no values to look at: every row counts
         lengths = [labels.numel()]
     else:
-        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0])
+        _, scored = scored_targets(labels, cu_seqlens, shift, ignore_index, weight.shape[0] if vocab is None else vocab)
         lengths = scored_lengths(scored, cu_seqlens)
-    return _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, **options).flops
+    return _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, widest or None, **options).flops
 
 
 @register_flop_formula(torch.ops.kto_kernels.linear_token_logps, get_raw=True)
 def _(
     hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
-    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix, out_val=None,
+    max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix, group=None, offset=0, vocab=None, widest=0,
+    out_val=None,
 ):  # fmt: skip
     needs = Needs(hidden=gradient)
-    return _flops(hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes)
+    return _flops(
+        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, vocab, widest
+    )
 
 
 @register_flop_formula(torch.ops.kto_kernels.linear_backward, get_raw=True)
 def _(
     grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap,
-    temperature, dtype, max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, out_val=None,
+    temperature, dtype, max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, group=None, offset=0,
+    vocab=None, widest=0, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(
-        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, known_coefficients=True
-    )
+        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, vocab, widest,
+        known_coefficients=True
+    )  # fmt: skip
 
 
 @register_flop_formula(torch.ops.kto_kernels.linear_kto, get_raw=True)
@@ -476,10 +503,10 @@ def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
     long_sequences, outputs, needs_hidden, needs_weight, needs_bias, open_sequences, context_group, inplace_backward,
-    backend, out_val=None,
+    backend, group=None, offset=0, vocab=None, widest=0, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(
-        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes,
+        hidden, weight, labels, cu_seqlens, shift, ignore_index, dtype, needs, max_logits_bytes, vocab, widest,
         long_sequences=long_sequences, open_sequences=open_sequences
     )  # fmt: skip

@@ -22,12 +22,13 @@ from .plan import LONG_SEQUENCES
 from .rows import OUTPUTS
 from .stages import (
     before_policy,
+    common_steps,
     gemm_dtype,
     linear_scores,
+    linear_steps,
     logits_scores,
     loss_options,
     loss_output,
-    not_yet,
     refuse_now,
     sequence_sums,
 )
@@ -95,7 +96,9 @@ def kto_loss(
             operators.
             process_group: data parallel. z0 is that of all ranks' mismatched completions, however many each has (none
             included): one all-reduce, hidden behind the policy's pass. `kl` as a number is taken as it is.
-            vocab_group: each rank has some columns of every logits tensor, in the order of ranks, and the same rest.
+            vocab_group: each rank has some columns of every logits tensor, in the order of ranks, and the same rest. As
+            many as it likes, none included; of a padded vocabulary pass the real ones, `logits[..., :n]`. One gather of
+            three numbers a row for each tensor; the backward exchanges nothing. Every rank returns the same bits.
             context_group: each rank has some tokens of every sequence, and the same B-sized tensors; packed ranks all
             have B + 1 offsets, into their own tokens. `shift` must be False. Every rank returns the whole loss, and gets the gradient
             of its own tokens: that of a parameter is the sum over the group, so a wrapper that averages over these ranks
@@ -140,7 +143,8 @@ def kto_loss(
             kl_labels=kl_labels,
         )
         checks.scoring(shift, ignore_index, temperature, backend)
-        count = checks.rows(logits, labels, cu_seqlens)
+        sharded = ranks.vocab is not None
+        count = checks.rows(logits, labels, cu_seqlens, sharded=sharded)
         scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
         checks.flag("average_log_prob", average_log_prob)
         checks.flag("inplace_backward", inplace_backward)
@@ -151,7 +155,7 @@ def kto_loss(
         if ref_logits is not None and ref_logps is not None:
             raise ValueError("ref_logits, ref_logps: expected one of them or neither (reference-free), got both")
         if ref_logits is not None:
-            checks.vocabulary("ref_logits", ref_logits, logits)
+            checks.vocabulary("ref_logits", ref_logits, logits, sharded)
             checks.shape("ref_logits", ref_logits, tuple(logits.shape), "as logits")
         if ref_logps is not None:
             checks.sequences("ref_logps", ref_logps, count, "one per sequence", logits)
@@ -164,7 +168,9 @@ def kto_loss(
             if side is not None:
                 if kl_labels is None:
                     raise ValueError(f"kl_labels: needed with {name}_logits")
-                kl_count = checks.rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_logits", like=logits)
+                kl_count = checks.rows(
+                    side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_logits", like=logits, sharded=sharded
+                )
         checks.kl_pair(kl_logps, ref_kl_logps, kl_count, logits)
         checks.kl_source(
             loss_type,
@@ -176,10 +182,13 @@ def kto_loss(
         )
         checks.unshifted(shift, ranks.context)
         refuse_now(ranks, backend, logits)
+        sides = [side is not None for side in (ref_logits, kl_logits, ref_kl_logits)]
+        steps = common_steps(ranks, backend, logits.device, logits.dtype, scored=sides)
 
     if ranks:
         layout = {"sequences": count, "mismatched": kl_count, "dtype": logits.dtype}
-        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, cu_seqlens, kl_cu_seqlens, **layout)
+        offsets = (cu_seqlens, kl_cu_seqlens)
+        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, *offsets, steps, **layout)
         vocab = logits.shape[-1] if shard is None else shard.vocab
 
         def scores(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, inplace: bool = False) -> Tensor:
@@ -322,7 +331,10 @@ def linear_kto_loss(
         beta, desirable_weight, undesirable_weight, loss_type, average_log_prob, reduction: as for `kto_loss`. Under
             `reduction="none"` a trained head's logits are computed once more in the backward (4G).
         process_group, vocab_group, context_group: as for `kto_loss`. With a vocabulary group each rank has some rows of
-            `weight`, `bias` and their references, and the whole `hidden`, whose gradient is whole on every rank.
+            `weight`, `bias` and their references (of a padded head pass the real ones, `weight[:n]`), and the whole
+            `hidden`, whose gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more
+            for each of `outputs`) and, where gradients are formed, an all-reduce of its hidden states' gradient, in the
+            GEMMs' dtype. `max_logits_bytes` is what the rank with the most columns takes.
         backend: "auto", or a name out of `available_backends()`: what scores the chunks. The GEMMs are PyTorch's.
 
     Hidden states, labels and heads may be DTensors, FSDP2's parameters among them: rows are this rank's; a head is gathered
@@ -376,7 +388,8 @@ def linear_kto_loss(
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
         checks.choice("long_sequences", long_sequences, LONG_SEQUENCES)
         outputs = checks.outputs(outputs, OUTPUTS)
-        checks.head(hidden, weight, bias)
+        sharded = ranks.vocab is not None
+        checks.head(hidden, weight, bias, sharded=sharded)
         count = checks.hidden_rows(hidden, labels, cu_seqlens)
         beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
         checks.flag("average_log_prob", average_log_prob)
@@ -394,7 +407,7 @@ def linear_kto_loss(
         if ref_weight is None and ref_bias is not None:
             raise ValueError("ref_bias: goes with ref_weight, got none")
         if ref_hidden is not None:
-            checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight)
+            checks.reference_head(ref_hidden, ref_weight, ref_bias, "ref_hidden", weight, sharded)
             rows = tuple(labels.shape)
             checks.shape("ref_hidden", ref_hidden, (*rows, ref_weight.shape[1]), "the labels', and ref_weight's width")
         kl_count = None
@@ -408,9 +421,9 @@ def linear_kto_loss(
             if kl_labels is None:
                 raise ValueError(f"kl_labels: needed with {name}_hidden")
             if name == "kl":
-                checks.head(side, weight, bias, name="kl_hidden")
+                checks.head(side, weight, bias, name="kl_hidden", sharded=sharded)
             else:
-                checks.reference_head(side, ref_weight, ref_bias, "ref_kl_hidden", weight)
+                checks.reference_head(side, ref_weight, ref_bias, "ref_kl_hidden", weight, sharded)
             kl_count = checks.hidden_rows(side, kl_labels, kl_cu_seqlens, "kl_", f"{name}_hidden")
         checks.kl_pair(kl_logps, ref_kl_logps, kl_count, hidden)
         checks.kl_source(
@@ -423,9 +436,13 @@ def linear_kto_loss(
         )
         checks.unshifted(shift, ranks.context)
         refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
+        sides = [None if side is None else tuple(side.shape) for side in (ref_hidden, kl_hidden, ref_kl_hidden)]
+        more = {"long_sequences": long_sequences, "scored": sides}
+        steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes, **more)
 
     layout = {"sequences": count, "mismatched": kl_count, "dtype": gemm_dtype(hidden, weight)}
-    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, cu_seqlens, kl_cu_seqlens, **layout)
+    offsets = (cu_seqlens, kl_cu_seqlens)
+    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, *offsets, steps, **layout)
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
 
     vocab = weight.shape[0] if shard is None else shard.vocab
@@ -458,12 +475,12 @@ def linear_kto_loss(
     trains = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     loss = None
     if any(trains[1:]) and reduction != "none":
-        not_yet("vocab_group", shard)
         z0 = finish_z0()
         loss, logps, _, token_logps, *extra, _, _, _ = linear_ops.linear_kto(
             hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
             reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains,
-            ranks.open_sequences, None if ranks.context is None else ranks.context.group_name, True, backend
+            ranks.open_sequences, None if ranks.context is None else ranks.context.group_name, True, backend,
+            *(() if shard is None else shard.arguments)
         )  # fmt: skip
     else:
         token_logps, *extra = scores(hidden, weight, bias, labels, cu_seqlens, outputs)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
+from . import shards
 from .backends import select
-from .checks import check_values
+from .checks import row_values
+from .distributed import VocabShard
 from .rows import LossOptions, Rows, Scale, Sequences
 
 # Gradients are made once ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -66,22 +68,28 @@ def token_logps(
     temperature: float,
     inplace_backward: bool,
     backend: str,
+    group: Optional[str] = None,  # of ranks that have the other columns; then also
+    offset: int = 0,  # this rank's first column,
+    vocab: Optional[int] = None,  # the columns of all ranks,
+    widest: int = 0,  # and the most that one has
 ) -> tuple[Tensor, Tensor]:
-    rows = Rows(logits, labels, cu_seqlens, shift, ignore_index)
+    shard, scale = VocabShard.of(group, offset, vocab, widest), Scale(logit_scale, softcap, temperature)
     chosen = select(backend, logits.device, logits.dtype)
-    check_values(rows)
-    return chosen.token_logps(rows, Scale(logit_scale, softcap, temperature))
+    row_values(labels, cu_seqlens, logits.shape[-1] if vocab is None else vocab, ignore_index)
+    rows = Rows.of(logits, labels, cu_seqlens, shift, ignore_index, offset, vocab)
+    return chosen.token_logps(rows, scale) if shard is None else shards.token_logps(shard, chosen, rows, scale)
 
 
 @token_logps.register_fake
-def _(logits, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, inplace_backward, backend):
+def _(logits, labels, *_, **__):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.empty(labels.shape, dtype=dtype, device=logits.device)
     return logps, logps.new_empty((2, *labels.shape))
 
 
 def _token_logps_context(ctx, inputs, output):
-    logits, labels, cu_seqlens, *ctx.options, ctx.inplace, ctx.backend = inputs
+    logits, labels, cu_seqlens, *ctx.options, ctx.inplace, ctx.backend, _, offset, vocab, _ = inputs
+    ctx.columns = offset, vocab
     logps, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -90,7 +98,7 @@ def _token_logps_context(ctx, inputs, output):
 
 @once
 def _token_logps_backward(ctx, grad, _statistics):
-    return _logits_grad(ctx, grad), *(None,) * 9
+    return _logits_grad(ctx, grad), *(None,) * 13
 
 
 # The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -130,9 +138,9 @@ def kto_forward(
 
     chosen = select(backend, logits.device, logits.dtype)
     policy = rows(logits, labels, cu_seqlens)
-    check_values(policy)
+    row_values(labels, cu_seqlens, policy.vocab, ignore_index)
     if kl_labels is not None:
-        check_values(rows(kl_logits if ref_kl_logits is None else ref_kl_logits, kl_labels, kl_cu_seqlens), "kl_")
+        row_values(kl_labels, kl_cu_seqlens, policy.vocab, ignore_index, "kl_")
     result = chosen.kto_forward(
         policy,
         Scale(logit_scale, softcap, temperature),
@@ -181,6 +189,7 @@ def _(
 def _kto_context(ctx, inputs, output):
     logits, labels, cu_seqlens = inputs[:3]
     *ctx.options, ctx.inplace, ctx.backend = inputs[19:]
+    ctx.columns = ()
     _, *rest = output
     *_, coefficients, logps, statistics = rest
     ctx.mark_non_differentiable(*rest)
@@ -211,13 +220,15 @@ def logits_backward(
     softcap: Optional[float],
     temperature: float,
     backend: str,
+    offset: int = 0,  # as for token_logps: the statistics are those of all ranks
+    vocab: Optional[int] = None,
 ) -> Tensor:
     chosen = select(backend, logits.device, logits.dtype)
     out = chosen.new_gradient(logits)
-    rows = Rows(logits, labels, cu_seqlens, shift, ignore_index)
-    chosen.logits_backward(
-        rows, Scale(logit_scale, softcap, temperature), grad, coefficients, token_logps, statistics, out
-    )
+    rows = Rows.of(logits, labels, cu_seqlens, shift, ignore_index, offset, vocab)
+    if rows.vocab > 0:
+        scale = Scale(logit_scale, softcap, temperature)
+        chosen.logits_backward(rows, scale, grad, coefficients, token_logps, statistics, out)
     return out
 
 
@@ -241,11 +252,13 @@ def logits_backward_(
     softcap: Optional[float],
     temperature: float,
     backend: str,
+    offset: int = 0,
+    vocab: Optional[int] = None,
 ) -> None:
-    rows = Rows(logits, labels, cu_seqlens, shift, ignore_index)
-    select(backend, logits.device, logits.dtype).logits_backward(
-        rows, Scale(logit_scale, softcap, temperature), grad, coefficients, token_logps, statistics, logits
-    )
+    rows = Rows.of(logits, labels, cu_seqlens, shift, ignore_index, offset, vocab)
+    if rows.vocab > 0:
+        scale, chosen = Scale(logit_scale, softcap, temperature), select(backend, logits.device, logits.dtype)
+        chosen.logits_backward(rows, scale, grad, coefficients, token_logps, statistics, logits)
 
 
 @logits_backward_.register_fake
@@ -265,7 +278,8 @@ def _logits_grad(ctx, grad: Optional[Tensor]) -> Optional[Tensor]:
                 "by other code, so their gradient can no longer be computed"
             ) from error
         raise
-    arguments = (grad, coefficients, logits, labels, cu_seqlens, logps, statistics, *ctx.options, ctx.backend)
+    saved = (coefficients, logits, labels, cu_seqlens, logps, statistics)
+    arguments = (grad, *saved, *ctx.options, ctx.backend, *ctx.columns)
     if not ctx.inplace:
         return logits_backward(*arguments)
     logits_backward_(*arguments)

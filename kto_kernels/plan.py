@@ -110,6 +110,7 @@ class LinearPlan:
         open_sequences: Sequence[bool] | None = None,
         device: torch.device | str = "cuda",
         balance: float | None = None,
+        widest: int | None = None,
     ) -> LinearPlan:
         """Plans one pass of the policy.
 
@@ -128,14 +129,17 @@ class LinearPlan:
             open_sequences: (B,) which sequences have tokens on other ranks too, whose coefficients wait for an exchange;
                 None: there are no other ranks.
             device: its type sets the balance, FLOPs of a GEMM per byte of memory traffic, where none is given.
+            widest: where `vocab` counts the columns of one rank of a vocabulary group, the most that one of them has:
+                the chunks are those that suit it, the same on every rank.
 
         Raises:
             ValueError: `max_logits_bytes` holds not even one row of the vocabulary.
         """
         balance = _balance(torch.device(device), dtype) if balance is None else balance
-        row_bytes = vocab * dtype.itemsize
+        most = vocab if widest is None else widest
+        row_bytes = most * dtype.itemsize
 
-        def cut(chunk_rows: int) -> LinearPlan:
+        def cut(chunk_rows: int, vocab: int = most) -> LinearPlan:
             return _cut(
                 cls,
                 list(lengths),
@@ -152,15 +156,16 @@ class LinearPlan:
                 chunk_rows,
                 _late(needs_weight, long_sequences, balance),
                 open_sequences,
+                widest is not None,
             )
 
         if max_logits_bytes is not None:
             if max_logits_bytes < row_bytes:
                 raise ValueError(
-                    f"max_logits_bytes: expected at least {row_bytes} (one row of the vocabulary: {vocab} × "
+                    f"max_logits_bytes: expected at least {row_bytes} (one row of the vocabulary: {most} × "
                     f"{dtype.itemsize} bytes), got {max_logits_bytes}"
                 )
-            return cut(max_logits_bytes // row_bytes)
+            return cut(max_logits_bytes // row_bytes, vocab)
         per_balance, least = _ROWS[needs_weight]
         rows = max(least, math.ceil(per_balance * balance / _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
         chosen = cut(rows)
@@ -169,7 +174,7 @@ class LinearPlan:
         for larger in sorted({max(lengths, default=0), sum(lengths)}):
             if larger > rows and (plan := cut(larger)).peak_bytes <= chosen.peak_bytes:
                 chosen = plan
-        return chosen
+        return chosen if vocab == most else cut(chosen.chunk_rows, vocab)
 
     @property
     def flops(self) -> int:
@@ -225,7 +230,7 @@ def _balance(device: torch.device, dtype: torch.dtype) -> float:
 
 def _cut(
     cls, lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients, weight_dtype,
-    hidden_rows, hidden_dtype, chunk_rows, late, open_sequences
+    hidden_rows, hidden_dtype, chunk_rows, late, open_sequences, sharded
 ) -> LinearPlan:  # fmt: skip
     """The plan with chunks of `chunk_rows`; `bound` where sequences must stay together."""
     deferred: list[tuple[int, str]] = []
@@ -254,6 +259,8 @@ def _cut(
     sizes = {"logits": max(kept, most) * vocab * size, "chunk of hidden": most * hidden * size}
     if weight_dtype != dtype:
         sizes["head in the GEMMs' dtype"] = vocab * hidden * size
+    if needs_hidden and sharded:
+        sizes["chunk of hidden gradient"] = most * hidden * size  # under way between the ranks
     if needs_hidden:
         sizes["hidden gradient"] = hidden_rows * hidden * hidden_dtype.itemsize
     if needs_weight:

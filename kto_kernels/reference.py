@@ -45,6 +45,11 @@ def scaled(logits: Tensor, logit_scale: float, softcap: float | None, temperatur
     return z / temperature
 
 
+def outer(logit_scale: float, softcap: float | None, temperature: float) -> float:
+    """dz/du of a score u: the logit itself, or under a softcap tanh(logit · logit_scale / softcap)."""
+    return (logit_scale if softcap is None else softcap) / temperature
+
+
 def slope(z: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | float:
     """`dz/dx`."""
     straight = logit_scale / temperature
@@ -71,6 +76,33 @@ def token_logps(
     return logps.masked_fill(impossible, -torch.inf).masked_fill(ignored, 0.0)
 
 
+def shard_logps(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # (...), (2, ...)
+    """`token_logps` among some columns of a vocabulary, −inf where a negative target is in none of them; and what
+    several such parts are put together by: a score u near the maximum, and `Σ_v exp(z_v − outer·u)`."""
+    scale = (logit_scale, softcap, temperature)
+    z = scaled(logits, *scale)
+    ignored = target == ignore_index
+    elsewhere = ~ignored & (target < 0)
+    logps = token_logps(logits, target.masked_fill(elsewhere, ignore_index), ignore_index, *scale)
+    maximum = z.amax(-1) / outer(*scale)
+    total = shard_softmax(z, maximum, torch.ones_like(maximum), *scale).sum(-1)
+    return logps.masked_fill(elsewhere, -torch.inf), torch.stack([maximum, total]).masked_fill(ignored, 0.0)
+
+
+def shard_softmax(z: Tensor, maximum: Tensor, total: Tensor, *scale: float | None) -> Tensor:
+    """`exp(z − outer·maximum) / total`; 0 in a row of −inf."""
+    none = (maximum == -torch.inf) | (total == 0)
+    origin = (outer(*scale) * maximum).masked_fill(none, 0.0)
+    return (z - origin.unsqueeze(-1)).exp() / total.masked_fill(none, 1.0).unsqueeze(-1)
+
+
 def token_logps_grad(
     logits: Tensor,  # (..., V)
     target: Tensor,  # (...)
@@ -79,15 +111,21 @@ def token_logps_grad(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    given: Tensor | None = None,  # (2, ...)
 ) -> Tensor:  # (..., V)
-    """`grad_n · (1[v = y_n] − p_{n,v}) · dz/dx`, the gradient of `Σ_n grad_n ℓ_n` with respect to the logits."""
-    z = scaled(logits, logit_scale, softcap, temperature)
+    """`grad_n · (1[v = y_n] − p_{n,v}) · dz/dx`, the gradient of `Σ_n grad_n ℓ_n` with respect to the logits. Where
+    these are some columns only, `given` holds the statistics of all, as of `shard_logps`."""
+    scale = (logit_scale, softcap, temperature)
+    z = scaled(logits, *scale)
     silent = (target == ignore_index) | (grad == 0)
-    p = z.softmax(-1).masked_fill((z == -torch.inf).all(-1, keepdim=True), 0.0)
-    index = target.masked_fill(target == ignore_index, 0).long().unsqueeze(-1)
+    if given is None:
+        p = z.softmax(-1).masked_fill((z == -torch.inf).all(-1, keepdim=True), 0.0)
+    else:
+        p = shard_softmax(z, *given, *scale)
+    here = (target != ignore_index) & (target >= 0)
     direction = -p
-    direction.scatter_add_(-1, index, torch.ones_like(p[..., :1]))
-    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, logit_scale, softcap, temperature)
+    direction.scatter_add_(-1, target.where(here, 0).long().unsqueeze(-1), here.to(p.dtype).unsqueeze(-1))
+    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, *scale)
     return out.masked_fill(silent.unsqueeze(-1), 0.0).to(logits.dtype)
 
 

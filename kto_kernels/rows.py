@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import reference
+
+# A label that scores its row, but whose column of the logits is on another rank: `kElsewhere` of csrc/rows.h.
+ELSEWHERE = -(2**62)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -13,6 +18,9 @@ class Rows:
 
     Padded: logits (B, T, V), labels (B, T). Packed: logits (N, V), labels (N,), cu_seqlens (B + 1,); without
     cu_seqlens the N rows are one sequence.
+
+    A shard has some columns of the vocabulary; labels may be ELSEWHERE, where the logit counts as −inf. Its statistics
+    are for `Columns` to put together, and those that its backward gets are of all columns.
     """
 
     logits: Tensor
@@ -20,6 +28,26 @@ class Rows:
     cu_seqlens: Tensor | None
     shift: bool
     ignore_index: int
+    shard: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        shift: bool,
+        ignore_index: int,
+        offset: int = 0,
+        vocab: int | None = None,
+    ) -> Rows:
+        """With `vocab`, a shard: its first column is number `offset` of that many."""
+        if vocab is None:
+            return cls(logits, labels, cu_seqlens, shift, ignore_index)
+        labels = labels.long()
+        silent = (labels == ignore_index) | (labels < 0) | (labels >= vocab)
+        local = local_labels(labels, offset, logits.shape[-1]).masked_fill(silent, -1)
+        return cls(logits, local, cu_seqlens, shift, ignore_index=-1, shard=True)
 
     @property
     def vocab(self) -> int:
@@ -50,6 +78,12 @@ class Rows:
         return strides(self.labels.unsqueeze(0) if self.labels.dim() == 1 else self.labels)
 
 
+def local_labels(labels: Tensor, offset: int, columns: int) -> Tensor:
+    """int64 labels by their number among the columns from `offset` on; ELSEWHERE where they are not among them."""
+    local = labels - offset
+    return local.masked_fill((local < 0) | (local >= columns), ELSEWHERE)
+
+
 def strides(tensor: Tensor) -> tuple[int, int]:
     """The first two strides of a (B, T, ...) tensor, in elements."""
     return tensor.stride(0), tensor.stride(1)
@@ -62,6 +96,11 @@ class Scale:
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+
+    @property
+    def outer(self) -> float:
+        """`z = outer · u`, where u is the logit, or tanh(logit · logit_scale / softcap)."""
+        return reference.outer(**vars(self))
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,13 @@ def token_logps(
         given = logits
         logits, labels = dtensor.rows(ranks, logits=logits, labels=labels)
         checks.scoring(shift, ignore_index, temperature, backend)
-        checks.rows(logits, labels, None, packed=False)
+        checks.rows(logits, labels, None, packed=False, sharded=ranks.vocab is not None)
         checks.flag("inplace_backward", inplace_backward)
         if inplace_backward:
             checks.in_place(given)
         refuse_now(ranks, backend, logits)
-    shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, dtype=logits.dtype)
+        steps = common_steps(ranks, backend, logits.device, logits.dtype)
+    shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, steps=steps, dtype=logits.dtype)
     return logits_scores(
         logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
     )
@@ -100,10 +101,12 @@ def linear_token_logps(
         weight, bias = dtensor.heads(ranks, weight=weight, bias=bias)
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
-        checks.head(hidden, weight, bias)
+        checks.head(hidden, weight, bias, sharded=ranks.vocab is not None)
         checks.hidden_rows(hidden, labels, None, packed=False)
         refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
-    shard = ranks.agree(labels, None, weight.shape[0], ignore_index, dtype=gemm_dtype(hidden, weight))
+        dtype = gemm_dtype(hidden, weight)
+        steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes)
+    shard = ranks.agree(labels, None, weight.shape[0], ignore_index, steps=steps, dtype=dtype)
     logps, *_ = linear_scores(
         hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
         max_logits_bytes, (), backend, shard=shard
@@ -113,11 +116,11 @@ def linear_token_logps(
 
 def logits_scores(logits, labels, cu_seqlens, scoring, inplace_backward, backend, shard=None) -> Tensor:
     """The operator behind `token_logps`, of checked arguments."""
-    not_yet("vocab_group", shard)
     shift, ignore_index, temperature = scoring
     logps, _ = ops.token_logps(
-        logits, labels, cu_seqlens, shift, ignore_index, 1.0, None, temperature, inplace_backward, backend
-    )
+        logits, labels, cu_seqlens, shift, ignore_index, 1.0, None, temperature, inplace_backward, backend,
+        *(() if shard is None else shard.arguments)
+    )  # fmt: skip
     return logps
 
 
@@ -132,12 +135,35 @@ def refuse_now(
     else:
         dtype = gemm_dtype(values, weight)
         select(backend, values.device, dtype, "hidden, weight")
-        LinearPlan.of((), *weight.shape, dtype, max_logits_bytes=max_logits_bytes, device=values.device)
+        columns, width = weight.shape
+        LinearPlan.of((), max(1, columns), width, dtype, max_logits_bytes=max_logits_bytes, device=values.device)
 
 
-def not_yet(name: str, value: object) -> None:
-    if value is not None:
-        raise NotImplementedError(name)
+def common_steps(
+    ranks: Ranks, backend: str, device: torch.device, dtype: torch.dtype, argument: str = "logits", **more: Any
+) -> dict[str, Any]:
+    """What the ranks of a vocabulary group must do alike, for `Ranks.agree`: their backends' statistics meet."""
+    return {} if ranks.vocab is None else {"backend": select(backend, device, dtype, argument).name, **more}
+
+
+def linear_steps(
+    ranks: Ranks, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, max_logits_bytes: int | None,
+    **more: Any
+) -> dict[str, Any]:  # fmt: skip
+    """Theirs from hidden states: the same chunks, and the same gradients."""
+    grad = torch.is_grad_enabled()
+    return common_steps(
+        ranks,
+        backend,
+        hidden.device,
+        gemm_dtype(hidden, weight),
+        "hidden, weight",
+        max_logits_bytes=max_logits_bytes,
+        hidden=(tuple(hidden.shape), hidden.dtype),
+        weight_dtype=weight.dtype,
+        requires_grad=[tensor is not None and grad and tensor.requires_grad for tensor in (hidden, weight, bias)],
+        **more,
+    )
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -159,7 +185,6 @@ def linear_scores(
 ):  # fmt: skip
     """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
     three empty where `outputs` has no such name."""
-    not_yet("vocab_group", shard)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     shift, ignore_index, logit_scale, softcap, temperature = scoring
     logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
@@ -180,6 +205,7 @@ def linear_scores(
         True,  # inplace_backward: the gradient stays here
         backend,
         prefix,
+        *(() if shard is None else shard.arguments),
     )
     return logps, entropy, mean_logits, is_top1
 

@@ -118,11 +118,12 @@ struct RowScores {
 template <class T, bool kSoftcap, bool kByProducts>
 RowScores score_row(const T* x, int64_t vocab, int64_t label, const Scale& scale) {
   Running<kByProducts> running{scale.outer};
-  accumulate<T, kSoftcap>(x, label, scale, running);
+  const int64_t front = label < 0 ? 0 : label, back = label < 0 ? 0 : label + 1;
+  accumulate<T, kSoftcap>(x, front, scale, running);
   const float before = reduce_max(running.highest);
-  accumulate<T, kSoftcap>(x + label + 1, vocab - label - 1, scale, running);
-  const Floats x_y = splat(load_one(x + label));
-  const float u = unit<kSoftcap>(x_y, scale)[0];
+  accumulate<T, kSoftcap>(x + back, vocab - back, scale, running);
+  const Floats x_y = splat(label < 0 ? -INFINITY : load_one(x + label));
+  const float u = label < 0 ? -INFINITY : unit<kSoftcap>(x_y, scale)[0];
   const double y = double(u) * scale.outer;
   const Partial<double> others = running.partial, all = merge(others, {y, decay(y, y)});
   const float reference = u > running.highest_u ? u : running.highest_u;
@@ -144,7 +145,7 @@ void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_
              int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
-    if (label < 0) {  // an ignored row costs no pass over its logits
+    if (label == kIgnored) {  // an ignored row costs no pass over its logits
       out.logps[n] = out.reference[n] = out.sum[n] = 0;
       continue;
     }
@@ -161,7 +162,7 @@ template <class T, bool kSoftcap>
 void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, float logp,
                   float reference, float sum, const Scale& scale) {
   const double slope = double(g) * scale.slope;
-  const double y = unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
+  const double y = label < 0 ? 0 : unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
   const float factor = float(sum == 0 ? -slope : -slope / sum);
   const float origin = reference == -INFINITY ? 0.0f : reference;
   if (isnan(factor)) {  // one NaN in the row is a NaN in every gradient of it
@@ -185,6 +186,7 @@ void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, flo
     const int64_t count = vocab - v < kLanes ? vocab - v : kLanes;
     store_tail(out + v, gradient(load_tail(x + v, count)), count);
   }
+  if (label < 0) return;
   // 1 - p_y from the log-probability: rounding p_y first would lose every near-certain token.
   store_one(out + label, float(slope * -expm1(double(logp)) * (kSoftcap ? 1 - y * y : 1)));
 }
@@ -194,7 +196,7 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
               const RowStatistics& statistics, const Output& output, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
-    const float g = label < 0 ? 0.0f : gradient_of(gradient, rows, n);
+    const float g = label == kIgnored ? 0.0f : gradient_of(gradient, rows, n);
     const int64_t offset =
         rows.tokens == 0 ? n * output.stride_t
                          : n / rows.tokens * output.stride_b + n % rows.tokens * output.stride_t;

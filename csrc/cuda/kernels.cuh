@@ -263,7 +263,7 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
   const int splits = arguments.splits;
   const int64_t n = row - set.first;
   const int64_t label = label_of(rows, n);
-  if (label < 0) {  // an ignored row costs no pass over its logits
+  if (label == kIgnored) {  // an ignored row costs no pass over its logits
     if (split == 0)
       block.once([&] {
         set.logps[n] = 0;
@@ -285,7 +285,7 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
     });
   }
   block.once([&] {
-    const float u = score<kSoftcap>(load_element<T>(x + label), scale);
+    const float u = label < 0 ? -INFINITY : score<kSoftcap>(load_element<T>(x + label), scale);
     set.logps[n] = label_logp(others, u, scale);
     if (set.sum == nullptr) return;
     const Share all = with_label(others, u, scale);
@@ -462,7 +462,8 @@ KTO_DEVICE void write_gradient(Block& block, const typename T::Element* x, typen
   // Whether the label is in this block's share.
   const int at = int(label) - line.head;
   const bool in_vectors = at >= 0 && at / kCount < line.vectors;
-  const bool mine = in_vectors ? at / kCount >= line.first && at / kCount < line.last : split == 0;
+  const bool mine = label >= 0 && (in_vectors ? at / kCount >= line.first && at / kCount < line.last
+                                              : split == 0);
   float y = 0;
   if (kSoftcap) {
     if (mine) y = score<kSoftcap>(load_element<T>(x + label), scale);
@@ -491,7 +492,7 @@ KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
   const int64_t n = block.index() / unsigned(arguments.splits);
   const int split = int(block.index() % unsigned(arguments.splits));
   const int64_t label = label_of(rows, n);
-  const float g = label < 0 ? 0.0f : gradient_of(arguments.gradient, rows, n);
+  const float g = label == kIgnored ? 0.0f : gradient_of(arguments.gradient, rows, n);
   Element* out = static_cast<Element*>(arguments.out) +
                  (rows.tokens == 0 ? n * arguments.out_stride_t
                                    : n / rows.tokens * arguments.out_stride_b +

@@ -29,7 +29,8 @@ class Backend(ABC):
 
     @abstractmethod
     def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Token log-probabilities, labels-shaped, and the row statistics (2, *labels.shape) for the backward."""
+        """Token log-probabilities, labels-shaped, and the row statistics (2, *labels.shape) for the backward: u near
+        its maximum, and `Σ_v exp(z_v − outer·u)`, both 0 where nothing is scored. (Those of "torch" are for shards.)"""
 
     @abstractmethod
     def kto_forward(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ..rows import Rows, StageResult
+from ..rows import ELSEWHERE, Rows, StageResult
 from .base import StagedBackend
 
 
 def _targets(rows: Rows) -> torch.Tensor:
     """Labels outside the vocabulary, which only a GPU's may be, score nothing, as in the kernels."""
     target = reference.targets(rows.labels, rows.shift, rows.ignore_index, rows.cu_seqlens)
-    return target.masked_fill((target < 0) | (target >= rows.vocab), rows.ignore_index)
+    outside = ((target < 0) & (target != ELSEWHERE)) | (target >= rows.vocab)
+    return target.masked_fill(outside, rows.ignore_index)
 
 
 class TorchBackend(StagedBackend):
@@ -23,7 +24,10 @@ class TorchBackend(StagedBackend):
         return None
 
     def token_logps(self, rows, scale):
-        logps = reference.token_logps(rows.logits, _targets(rows), rows.ignore_index, **vars(scale))
+        target = _targets(rows)
+        if rows.shard:
+            return reference.shard_logps(rows.logits, target, rows.ignore_index, **vars(scale))
+        logps = reference.token_logps(rows.logits, target, rows.ignore_index, **vars(scale))
         # The backward takes its softmax from the logits again: there is nothing to remember.
         return logps, logps.new_zeros((2, *logps.shape))
 
@@ -59,4 +63,6 @@ class TorchBackend(StagedBackend):
                 grad = grad.unsqueeze(-1).expand(rows.labels.shape)
             else:
                 grad = grad.repeat_interleave(rows.cu_seqlens.diff(), output_size=rows.n_rows)
-        out.copy_(reference.token_logps_grad(rows.logits, _targets(rows), grad, rows.ignore_index, **vars(scale)))
+        given = statistics if rows.shard else None
+        target = _targets(rows)
+        out.copy_(reference.token_logps_grad(rows.logits, target, grad, rows.ignore_index, **vars(scale), given=given))

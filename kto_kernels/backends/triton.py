@@ -136,7 +136,7 @@ def _scale_arguments(scale: Scale) -> dict:
     softcap = scale.softcap
     return {
         "inner": 1.0 if softcap is None else scale.logit_scale / softcap,
-        "scale": (scale.logit_scale if softcap is None else softcap) / scale.temperature,
+        "scale": scale.outer,
         "SOFTCAP": softcap is not None,
     }
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .triton_rows import (
     BYTES,
+    IGNORED,
     difference,
     edge_positions,
     find_row,
@@ -416,7 +417,7 @@ def logits_backward_kernel(
     out_row = out + offset(b, t, out_stride_b, out_stride_t)
 
     g = tl.full((), 0.0, tl.float64)
-    if label >= 0:
+    if label != IGNORED:
         if coefficients is not None:
             if cu_seqlens is not None:
                 b = sequence_of(n, cu_seqlens, n_sequences)

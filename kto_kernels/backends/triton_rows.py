@@ -12,6 +12,11 @@ import inspect
 import triton
 import triton.language as tl
 
+from .. import rows
+
+ELSEWHERE = tl.constexpr(rows.ELSEWHERE)
+IGNORED = tl.constexpr(-1)  # what find_row says instead of a label: nothing scores the row
+ABSENT = tl.constexpr(-2)  # its label is elsewhere, so that its logit counts as −inf here
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a running maximum's start: finite, so that −inf − maximum is no NaN
 FLOOR = tl.constexpr(-200.0)  # 2^FLOOR is 0 in fp32, and unlike 2^−inf · −inf it stays so times its exponent
@@ -151,7 +156,7 @@ def find_row(
     n, logits, logits_stride_b, logits_stride_t, labels, labels_stride_b, labels_stride_t, cu_seqlens, n_sequences,
     tokens, vocab, ignore_index, SHIFT: tl.constexpr
 ):  # fmt: skip
-    """Where row n begins, and its label or −1."""
+    """Where row n begins, and its label, IGNORED or ABSENT."""
     b, t = place(n, cu_seqlens, tokens)
     row = logits + offset(b, t, logits_stride_b, logits_stride_t)
     inside = n >= 0
@@ -162,8 +167,9 @@ def find_row(
         else:
             inside = t < tl.load(cu_seqlens + sequence_of(n, cu_seqlens, n_sequences) + 1)
     label = tl.load(labels + offset(b, t, labels_stride_b, labels_stride_t), mask=inside, other=-1).to(tl.int64)
-    scored = inside & (label != ignore_index) & (label >= 0) & (label < vocab)
-    return row, tl.where(scored, label, -1).to(tl.int32)
+    counts = inside & (label != ignore_index)
+    other = tl.where(counts & (label == ELSEWHERE), ABSENT, IGNORED)
+    return row, tl.where(counts & (label >= 0) & (label < vocab), label, other).to(tl.int32)
 
 
 @triton.jit
@@ -319,7 +325,7 @@ def score_row(
     logp = tl.full((), 0.0, tl.float64)
     all_max = logp
     all_sum = logp
-    if label >= 0:
+    if label != IGNORED:
         row_max, row_sum, _, _ = softmax_share(
             row, vocab, label, split, splits, inner, rate, False, False, "evict_first", SOFTCAP, UNROLL, THREADS, VECTOR
         )
@@ -333,7 +339,8 @@ def score_row(
                 tl.store(arrivals + 1 + unit, 0)
                 row_max, row_sum = merge_shares(shares + 2 * unit * splits, splits, rate, MAX_SPLITS)
         if finished:
-            y = score(tl.load(row + label), inner, SOFTCAP)
+            y = score(tl.load(row + tl.maximum(label, 0)), inner, SOFTCAP)
+            y = tl.where(label < 0, float("-inf"), y)
             logp, all_max, all_sum = label_logp(row_max, row_sum, y, scale)
     return logp, all_max, all_sum, finished
 
@@ -379,7 +386,7 @@ def write_gradient(
     # 1 − p from the log-probability: rounding p first would lose every near-certain token.
     entry = upstream * -expm1(logp)
     if SOFTCAP:
-        y = score(tl.load(row + label), u_inner, SOFTCAP).to(tl.float64)
+        y = score(tl.load(row + tl.maximum(label, 0)), u_inner, SOFTCAP).to(tl.float64)
         entry = entry * (1.0 - y * y)
     tl.debug_barrier()  # in place: every thread has read what it must of the logits before one overwrites them
     # From the end to the beginning: what was read last is the likeliest to be in the cache still.
@@ -406,6 +413,6 @@ def write_gradient(
         tl.store(out_body + start + lanes, narrow(gradient, dtype, INTERPRETED))
     at = label - head
     in_tiles = (at >= first * TILE) & (at < tl.minimum(last * TILE, length))
-    if in_tiles | (has_edge & ((at < 0) | (at >= length))):  # the program that wrote −g·p there
+    if (label >= 0) & (in_tiles | (has_edge & ((at < 0) | (at >= length)))):  # the program that wrote −g·p there
         tl.debug_barrier()
         tl.store(out_row + label, narrow(entry.to(tl.float32), dtype, INTERPRETED))

@@ -1,0 +1,139 @@
+"""Stage token_logps where each rank of a vocabulary group has some columns of the logits and all have the same rows.
+
+By the chain rule, with one rank's columns as one event:
+
+    log p(y) = log p(y | the columns of its rank) + log P(the columns of its rank)
+
+The first is what a kernel says of a rank's columns alone, the second follows from every rank's statistics. Both are
+sums of what is *beside* the label, so that near-certain tokens stay exact. The ranks exchange three numbers a row:
+maximum, sum, and the first term, which is −inf but on the label's rank. All compute the same bits from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends.base import Backend
+from .distributed import VocabShard, gather
+from .rows import ELSEWHERE, ChunkScores, Rows, Scale
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Every rank's part of each row, in fp64: (R, ...) each."""
+
+    maximum: Tensor
+    total: Tensor  # Σ exp(z − outer·maximum) over the rank's columns
+    logps: Tensor  # of the label among these columns; −inf where it is not among them
+    more: Tensor  # (R, E, ...) what else was asked for
+
+
+def token_logps(shard: VocabShard, backend: Backend, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
+    """`Backend.token_logps` over the columns of all ranks: one gather of three numbers a row."""
+    logps, statistics, _ = _combined(*_exchanged(shard, backend, rows, scale), scale)
+    return logps, statistics
+
+
+def score_chunk(
+    shard: VocabShard,
+    backend: Backend,
+    logits: Tensor,  # (C, V of this rank)
+    labels: Tensor,  # (C,) int64, of this rank's columns or ELSEWHERE
+    scale: Scale,
+    gradient: bool,
+    outputs: tuple[str, ...],
+) -> ChunkScores:
+    """`Backend.score_chunk` over the columns of all ranks, `gradient` by a second pass over this rank's own."""
+    rows = Rows(logits, labels, None, shift=False, ignore_index=-1, shard=True)
+    more = _local_outputs(backend, logits, labels, scale, outputs)
+    ranks, dtype = _exchanged(shard, backend, rows, scale, more)
+    logps, statistics, shares = _combined(ranks, dtype, scale)
+    if gradient and logits.numel() > 0:
+        backend.logits_backward(rows, scale, torch.ones_like(logps), None, logps, statistics, logits)
+    combined = {
+        name: _OUTPUTS[name](ranks.more[:, i], ranks.logps, shares, shard.vocab) for i, name in enumerate(outputs)
+    }
+    return ChunkScores(
+        logps, **{name: value if value.dtype == torch.bool else value.to(dtype) for name, value in combined.items()}
+    )
+
+
+def _exchanged(
+    shard: VocabShard, backend: Backend, rows: Rows, scale: Scale, more: list[Tensor] | None = None
+) -> tuple[_Ranks, torch.dtype]:
+    dtype = reference.compute_dtype(rows.logits.dtype)
+    if rows.vocab > 0:
+        logps, statistics = backend.token_logps(rows, scale)
+    else:  # no column: as if all were −inf
+        logps = torch.full(rows.labels.shape, -torch.inf, dtype=dtype, device=rows.labels.device)
+        statistics = torch.stack([logps, torch.zeros_like(logps)])
+    message = torch.stack([*statistics, logps, *(value.to(dtype) for value in more or ())])
+    gathered = gather(message, shard.group).double()
+    return _Ranks(gathered[:, 0], gathered[:, 1], gathered[:, 2], gathered[:, 3:]), dtype
+
+
+def _combined(ranks: _Ranks, dtype: torch.dtype, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps, statistics) over all ranks, and each rank's share (R, ...) of the probability."""
+    maximum = ranks.maximum.amax(0)
+    gap = (ranks.maximum - maximum) * scale.outer
+    empty = ranks.total == 0
+    mass = torch.where(empty, 0.0, ranks.total * gap.exp())
+    total = mass.sum(0)
+    # The label's rank; where its logit is −inf, and where the row is ignored, any will do.
+    logps, its_rank = ranks.logps.max(0, keepdim=True)
+    own = mass.gather(0, its_rank)
+    beside = mass.scatter(0, its_rank, 0.0).sum(0, keepdim=True)  # not total − own, which would cancel
+    # Far below the maximum `own` may underflow, not its logarithm.
+    far = gap.gather(0, its_rank) + (ranks.total.gather(0, its_rank) / total).log()
+    outer_logps = torch.where(own >= beside, -torch.log1p(beside / own), far)
+    logps = torch.where(empty.gather(0, its_rank) & ~total.isnan(), logps, logps + outer_logps).squeeze(0)
+    shares = mass / total.masked_fill(total == 0, 1.0)
+    return logps.to(dtype), torch.stack([maximum, total]).to(dtype), shares
+
+
+# By-products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _local_outputs(backend, logits, labels, scale, outputs) -> list[Tensor]:
+    """What a rank tells of its columns: their own entropy, the sum of their logits z, and for "is_top1" the highest of
+    its logits, but +inf where that beats a label of its own."""
+    if not outputs:
+        return []
+    if logits.shape[1] == 0:
+        nothing = {"entropy": 0.0, "mean_logits": 0.0, "is_top1": -torch.inf}
+        return [torch.full(labels.shape, nothing[name], device=logits.device) for name in outputs]
+    # Entropy and mean do not ask which label it is.
+    scores = backend.score_chunk(logits, labels.clamp(min=0), scale, False, outputs)
+    values = {"entropy": scores.entropy}
+    if "mean_logits" in outputs:
+        values["mean_logits"] = scores.mean_logits * logits.shape[1]
+    if "is_top1" in outputs:
+        highest = logits.amax(-1).to(scores.logps.dtype)
+        values["is_top1"] = torch.where((labels == ELSEWHERE) | scores.is_top1, highest, torch.inf)
+    return [values[name] for name in outputs]
+
+
+def _entropy(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> Tensor:
+    """The chain rule again: the mean of the ranks' own entropies, and that of which rank it is."""
+    return torch.where(shares == 0, 0.0, shares * (theirs - shares.log())).sum(0)
+
+
+def _mean_logits(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> Tensor:
+    return theirs.sum(0) / vocab
+
+
+def _is_top1(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> Tensor:
+    """Whether the label is the first argmax: higher than all before it, no rank after it higher."""
+    best, its_rank = logps.max(0, keepdim=True)
+    label = theirs.gather(0, its_rank)
+    before = torch.arange(len(theirs), device=theirs.device).unsqueeze(-1) < its_rank
+    beaten = torch.where(before, theirs >= label, theirs > label).any(0)
+    # Neither a label whose logit is −inf nor a row with a NaN has an argmax.
+    return ~beaten & (label.squeeze(0) < torch.inf) & (best.squeeze(0) > -torch.inf) & ~shares.isnan().any(0)
+
+
+_OUTPUTS = {"entropy": _entropy, "mean_logits": _mean_logits, "is_top1": _is_top1}
