@@ -224,6 +224,70 @@ def test_logits_and_their_gradient_in_place():
     pool().run(logits_in_place)
 
 
+# With a vocabulary group ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def columns_of_a_mesh(rank, placement):
+    given = whole_problem()
+    plain, expected = run(given)
+    tp = mesh(4, names=("tp",))
+    placed = {name: sharded(given[name], [Shard(0)], 4, names=("tp",)) for name in HEAD}
+    placed |= {name: sharded(given[name], [placement], 4, names=("tp",)) for name in ("hidden", "ref_hidden", "labels")}
+    out, grads = run(given | placed, vocab_group=tp)
+    assert_near("loss", out.loss, plain.loss)
+    for name, grad in grads.items():
+        assert grad.placements == placed[name].placements and expected[name].abs().max() > 0
+        assert_near(name, grad.full_tensor(), expected[name])
+    given = arguments(problem(batch=4, kl_batch=3))
+    plain, expected = run(given)
+    placed = {name: sharded(x, [Shard(2)], 4, names=("tp",)) for name, x in given.items() if name.endswith("logits")}
+    out, grads = run(given | placed, vocab_group=tp, inplace_backward=True)
+    assert_near("loss", out.loss, plain.loss)
+    assert grads["logits"].placements == (Shard(2),) and expected["logits"].abs().max() > 0
+    assert_near("logits", grads["logits"].full_tensor(), expected["logits"])
+    for name, wrong in (("weight", Replicate()), ("logits", Shard(0))):
+        first = whole_problem() if name == "weight" else given
+        with pytest.raises(
+            ValueError, match=rf"{name}: along mesh dimension 'tp', its vocab_group, expected Shard\([02]\)"
+        ):
+            run(first | {name: sharded(first[name], [wrong], 4, names=("tp",))}, vocab_group=tp)
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(1)], ids=["", "sequence parallel"])
+def test_columns_of_a_mesh(placement):
+    """The head's rows stay where they are; hidden states are gathered, and their gradient goes back to the tokens."""
+    pool().run(columns_of_a_mesh, placement)
+
+
+class HeadAlone(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+
+def two_dimensions(rank):
+    """Tensor parallel, and what each of its ranks has sharded by FSDP2 over the data-parallel ones."""
+    grid = mesh(2, 2, names=("dp", "tp"))
+    given = whole_problem(bias=False, ref=None)
+    row = slice(4 * grid.get_local_rank("dp"), 4 * grid.get_local_rank("dp") + 4)
+    part = some_sequences(given, row, slice(0))
+    plain, expected = run(part)
+    mean = expected["weight"] / 2
+    dist.all_reduce(mean, group=grid.get_group("dp"))
+    head = HeadAlone(distribute_tensor(given["weight"].to(device()), grid["tp"], [Shard(0)]))
+    fully_shard(head, mesh=grid["dp"])
+    out, grads = run(part | {"weight": head.weight}, vocab_group=grid["tp"], process_group=grid["dp"])
+    assert_near("loss", out.loss, plain.loss)
+    assert_near("hidden", grads["hidden"], expected["hidden"])
+    assert grads["weight"].placements == head.weight.placements and grads["weight"].device_mesh.ndim == 2
+    assert grads["weight"].to_local().numel() < mean.numel() / 3 and mean.abs().max() > 0
+    assert_near("weight", grads["weight"].full_tensor(), mean)
+
+
+def test_fsdp2_over_tensor_parallel():
+    pool().run(two_dimensions)
+
+
 # Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
