@@ -10,6 +10,7 @@ import torch
 from harness import Problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_harness import LinearProblem, linear_problem
 from torch import Tensor
 
 INF = torch.inf
@@ -22,30 +23,40 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _ELEMENTS = {"torch": 1 << 15, "cpu": 1 << 17, "cuda": 1 << 13, "triton": 1 << 10}
 
 
-def explore(place: tuple[str, str], strategy: Callable, measure: Callable) -> None:
-    """Asserts over the place's share of the profile's cases, drawn from `strategy(elements)`, what is promised:
+def explore(place: tuple[str, str], strategy: st.SearchStrategy, check: Callable, part: float = 1.0) -> None:
+    """Calls `check` with the place's share of the profile's number of cases, or a part of it."""
+    share = _SHARE["cpu" if place[1] == "cuda" else place[0]]
+    count = max(1, round(settings.default.max_examples * share * part))
+    settings(max_examples=count)(given(strategy)(check))()
+
+
+def elements(place: tuple[str, str]) -> int:
+    """How many logits a case may have there."""
+    return _ELEMENTS["cpu" if place[1] == "cuda" else place[0]]
+
+
+def as_promised(measure: Callable) -> Callable:
+    """The check that the promise holds for a case:
 
         error ≤ 1.5 · (that of plain PyTorch) + unit
 
     `measure(case)` gives, for each result by its name, both errors in such units, of each row or sequence. What plain
     PyTorch makes of a single row may be exact by luck: where a case is over the bound, plain PyTorch's error is the
     largest over more draws of the same recipe. Ours is still that of the case."""
-    backend = "cpu" if place[1] == "cuda" else place[0]
 
     def check(case):
         errors = measure(case)
-        seeds = iter(range(_DRAWS))
-        while over := [name for name, (mine, plain) in errors.items() if (mine > 1.5 * plain + 1).any()]:
-            seed = next(seeds, None)
-            if seed is None or any(errors[name][0].isinf().any() for name in over):
-                raise AssertionError(
-                    "; ".join(f"{name}: error {e}, plain {p}" for name, (e, p) in errors.items() if name in over)
-                )
+        for seed in range(_DRAWS):
+            over = {name: e for name, e in errors.items() if (e[0] > 1.5 * e[1] + 1).any()}
+            if not over:
+                return
+            if any(mine.isinf().any() for mine, _ in over.values()):
+                break  # an infinity or NaN in the wrong place
             again = measure(case.drawn_again(seed))
             errors = {name: (mine, plain.maximum(again[name][1])) for name, (mine, plain) in errors.items()}
+        raise AssertionError("; ".join(f"{name}: error {mine}, plain {plain}" for name, (mine, plain) in over.items()))
 
-    count = max(1, round(settings.default.max_examples * _SHARE[backend]))
-    settings(max_examples=count)(given(strategy(_ELEMENTS[backend]))(check))()
+    return check
 
 
 def in_units(mine: Tensor, plain: Tensor, exact: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,16 +259,16 @@ ignore_indices = st.sampled_from([-100, -100, -1, 0, 1 << 30])
 
 
 @st.composite
-def token_cases(draw, elements: int, backend: str):
-    vocab = draw(vocabularies.filter(lambda v: v <= max(elements, 300_001)))
-    most = max(1, elements // vocab)
+def token_cases(draw, place: tuple[str, str]):
+    vocab = draw(vocabularies.filter(lambda v: v <= max(elements(place), 300_001)))
+    most = max(1, elements(place) // vocab)
     if draw(st.booleans()):
         batch = draw(st.integers(0, min(5, most)))
         shape = (batch, draw(st.integers(0, min(20, most // max(1, batch)))))
     else:
         shape = (draw(st.integers(0, min(60, most))),)
     return TokenCase(
-        dtype=draw(dtypes_of(backend)),
+        dtype=draw(dtypes_of(place[0])),
         shape=shape,
         vocab=vocab,
         values=draw(values),
@@ -375,9 +386,9 @@ def lengths_within(rows: int):
 
 
 @st.composite
-def loss_cases(draw, elements: int, backend: str):
-    vocab = draw(vocabularies.filter(lambda v: v <= max(elements, 8193)))
-    rows = max(1, elements // vocab // 4)
+def loss_cases(draw, place: tuple[str, str]):
+    vocab = draw(vocabularies.filter(lambda v: v <= max(elements(place), 8193)))
+    rows = max(1, elements(place) // vocab // 4)
     lengths = draw(lengths_within(rows))
     ref = draw(st.sampled_from([None, "logits", "logps"]))
     kl = draw(st.sampled_from([None, "logits", "logps", "number", "tensor"]))
@@ -385,7 +396,7 @@ def loss_cases(draw, elements: int, backend: str):
     if kl is None:
         options["loss_type"] = "apo_zero_unpaired"
     return LossCase(
-        dtype=draw(dtypes_of(backend)),
+        dtype=draw(dtypes_of(place[0])),
         packed=draw(st.booleans()),
         lengths=lengths,
         kl_lengths=draw(lengths_within(rows)),
@@ -403,4 +414,73 @@ def loss_cases(draw, elements: int, backend: str):
         desirable=draw(st.tuples(*[st.booleans()] * len(lengths))),
         options=options,
         inplace=draw(st.booleans()),
+    )
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """`linear_kto_loss`: arguments of `linear_harness.linear_problem`."""
+
+    seed: int
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    arguments: dict
+    options: dict
+    chunk_rows: int
+    scale: float  # of the hidden states
+    trained: tuple[str, ...]
+
+    def make(self) -> LinearProblem:
+        torch.manual_seed(self.seed)
+        p = linear_problem(self.lengths, **self.arguments, **self.options)
+        for name, tensor in p.tensors.items():
+            if name.endswith("hidden"):
+                tensor *= self.scale
+        p.hidden *= self.scale
+        p.options["max_logits_bytes"] = self.chunk_rows * self.arguments["vocab"] * self.dtype.itemsize
+        return p
+
+
+@st.composite
+def linear_cases(draw, place: tuple[str, str]):
+    vocab = draw(vocabularies.filter(lambda v: v <= elements(place)))
+    most = max(1, min(40, elements(place) // vocab))
+    width = draw(st.integers(1, 40))
+    ref = draw(st.sampled_from([None, "hidden", "logps"]))
+    kl = draw(st.sampled_from([None, "hidden", "logps", "number", "tensor"]))
+    options = draw(loss_options()) | {"beta": draw(magnitudes(1e-30, 1.0))}
+    options |= draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "logit_scale": st.sampled_from([0.1, 0.5, 2.0]),
+                "softcap": st.sampled_from([1.0, 30.0]),
+                "temperature": st.sampled_from([0.6, 1.7]),
+                "long_sequences": st.sampled_from(["auto", "defer", "recompute"]),
+                "outputs": st.sampled_from([("entropy",), ("is_top1", "mean_logits")]),
+                "ignore_index": st.sampled_from([-1, 1 << 30]),
+            },
+        )
+    )
+    if kl is None:
+        options["loss_type"] = "apo_zero_unpaired"
+    return LinearCase(
+        seed=draw(st.integers(0, 1 << 16)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        lengths=draw(st.lists(st.integers(0, most), min_size=1, max_size=6).map(tuple)),
+        arguments={
+            "packed": draw(st.booleans()),
+            "bias": draw(st.booleans()),
+            "ref": ref,
+            "kl": kl,
+            "prompt": draw(st.integers(0, 3)),
+            "vocab": vocab,
+            "width": width,
+            "ref_width": width + draw(st.sampled_from([0, 1, 8])),
+            "offset_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
+        },
+        options=options,
+        chunk_rows=draw(st.integers(1, 100)),
+        scale=draw(st.sampled_from([1.0, 1e-3, 3.0])),
+        trained=draw(st.sampled_from([("hidden",), ("weight",), ("hidden", "weight"), ("hidden", "weight", "bias")])),
     )

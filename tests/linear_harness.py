@@ -112,8 +112,10 @@ def linear_problem(
     return LinearProblem(hidden, weight, labels, torch.arange(count) % 3 != 1, tensors, options)
 
 
-def plain_linear(p: LinearProblem, trained: tuple[str, ...] = HEAD) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values and gradients by way of the logits, each step in the problem's own dtype."""
+def plain_linear(
+    p: LinearProblem, trained: tuple[str, ...] = HEAD
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Values and gradients by way of the logits, each step in the problem's own dtype, and the logits' gradient."""
     given, options = dict(p.tensors), dict(p.options)
     scale = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
     for name in ("max_logits_bytes", "long_sequences", "outputs"):
@@ -130,7 +132,7 @@ def plain_linear(p: LinearProblem, trained: tuple[str, ...] = HEAD) -> tuple[dic
             given[f"{name}logits"] = linear(given.pop(f"{name}hidden"), *its_head).detach()
     values, grad = plain(Problem(logits, p.labels, p.desirable, given, options), **scale)
     wanted = [name for name in trained if name in leaves]
-    return values, dict(zip(wanted, torch.autograd.grad(logits, [leaves[name] for name in wanted], grad)))
+    return values, dict(zip(wanted, torch.autograd.grad(logits, [leaves[name] for name in wanted], grad))), grad
 
 
 def ours_linear(
@@ -154,30 +156,58 @@ def ours_linear(
     return out, dict(zip(wanted, torch.autograd.grad(upstream(out.loss), [leaves[name] for name in wanted])))
 
 
+def largest_terms(hidden: Tensor, weight: Tensor, logits_grad: Tensor, factor: float) -> dict[str, float]:
+    """For each gradient the largest sum of its terms without their signs, which is what is rounded where they cancel:
+    `Σ_v |g_v W_v|` and so on. Each term is off by `factor` units of the dtype, and the K partial sums of PyTorch's GEMM
+    by one of fp32 each, at random."""
+    g, h = logits_grad.double().abs().flatten(0, -2), hidden.double().abs().flatten(0, -2)
+    sums = {"hidden": g @ weight.double().abs(), "weight": g.t() @ h, "bias": g.sum(0)}
+    rows, vocab = g.shape
+    order = torch.finfo(torch.float32).eps / torch.finfo(hidden.dtype).eps
+    partial = {"hidden": vocab**0.5 * order, "weight": rows**0.5 * order, "bias": rows**0.5 * order}
+    return {name: (factor + partial[name]) * x.max().item() if x.numel() else 0.0 for name, x in sums.items()}
+
+
 def check_linear(
-    p: LinearProblem, place: tuple[str, str], dtype: torch.dtype, trained: tuple[str, ...] = HEAD, **extra
+    p: LinearProblem,
+    place: tuple[str, str],
+    dtype: torch.dtype,
+    trained: tuple[str, ...] = HEAD,
+    cancelling: bool = False,
+    **extra,
 ) -> KTOOutput:
     """Compares every value and gradient with fp64. What plain PyTorch makes is the yardstick; as both round the logits,
-    not by the same sums, theirs is allowed for besides: half a unit of the largest logit for each token, at random."""
+    not by the same sums, theirs is allowed for besides: half a unit of the largest logit for each token, at random.
+    `cancelling`: the gradients may be sums of terms much larger than they are."""
     backend, device = place
     typed = p.to(dtype, device)
-    exact, exact_grads = plain_linear(typed.to(torch.float64, device), trained)
-    rounded, rounded_grads = plain_linear(typed, trained)
+    exact, exact_grads, exact_logits_grad = plain_linear(typed.to(torch.float64, device), trained)
+    rounded, rounded_grads, _ = plain_linear(typed, trained)
     out, grads = ours_linear(typed, backend, trained, **extra)
     unit = torch.finfo(dtype).eps
-    largest_logit = linear(typed.hidden.double(), typed.weight.double()).abs().max().item() if p.labels.numel() else 0
-    tokens = max(1, p.labels.numel() // max(1, len(p.desirable)))
-    noise = max(1.0, largest_logit * tokens**0.5)
+    sides = [(typed.hidden, typed.weight, p.labels.numel() // max(1, len(p.desirable)))]
+    if "kl_hidden" in typed.tensors:
+        sides.append((typed.tensors["kl_hidden"], typed.weight, 5))  # tokens of the longest
+    bias = typed.tensors["bias"].double() if "bias" in typed.tensors else None
+    straight = p.options.get("logit_scale", 1.0) / p.options.get("temperature", 1.0)
+    noise = 1.0
+    for hidden, weight, tokens in sides:
+        if hidden.numel():
+            largest_logit = linear(hidden.double(), weight.double(), bias).abs().max().item()
+            noise = max(noise, largest_logit * straight * max(1, tokens) ** 0.5)
     beta = p.options.get("beta", 0.1)
-    largest = {"logps": noise, "ref_logps": noise, "kl": noise, "rewards": beta * noise, "loss": beta * noise}
+    size = {name: value.abs().max().item() if value.numel() else 0.0 for name, value in exact.items()}
+    largest = {"logps": noise, "ref_logps": noise, "kl": noise + size["kl"], "rewards": beta * noise + size["rewards"]}
+    largest["loss"] = (1 + beta * noise) * size["loss"]
     for name, value in exact.items():
         assert_as_accurate(name, getattr(out, name), rounded[name], value, unit, largest[name])
     assert set(grads) == set(exact_grads)
+    factor = 1 + (1 + beta) * noise
+    terms = largest_terms(typed.hidden, typed.weight, exact_logits_grad, factor) if cancelling else {}
     for name, grad in grads.items():
         assert grad.dtype == dtype and grad.shape == exact_grads[name].shape
-        assert_as_accurate(
-            f"gradient of {name}", grad, rounded_grads[name], exact_grads[name], 4 * torch.finfo(dtype).eps
-        )
+        largest = max(terms.get(name, 0.0), 4 * exact_grads[name].abs().amax().item() if grad.numel() else 0.0)
+        assert_as_accurate(f"gradient of {name}", grad, rounded_grads[name], exact_grads[name], unit, largest)
     return out
 
 

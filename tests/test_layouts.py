@@ -118,30 +118,3 @@ def test_unaligned_logits(offset, place):
         assert_same(place, mine, aligned)
         (gx,), (gy,) = torch.autograd.grad(mine.sum(), x), torch.autograd.grad(aligned.sum(), y)
         assert_same(place, gx, gy)
-
-
-@places
-def test_invariances(place):
-    """Permuting sequences, padding them, and splitting the batch."""
-    backend, device = place
-    p = problem(kl="number", ref_kl=None, reduction="none").to(torch.float32, device)
-    out, _grad = ours(p, backend)
-    order = torch.tensor([3, 0, 1, 2], device=device)
-    ref = p.tensors["ref_logits"]
-    options = p.options | {"backend": backend}
-    permuted = kto_loss(p.logits[order], p.labels[order], p.desirable[order], ref_logits=ref[order], **options)
-    assert_same(place, permuted.loss, out.loss[order])
-    halves = [
-        kto_loss(p.logits[s], p.labels[s], p.desirable[s], ref_logits=ref[s], **options).loss
-        for s in (slice(0, 1), slice(1, 4))
-    ]
-    assert_same(place, torch.cat(halves), out.loss)
-    pad = torch.nn.functional.pad
-    padded = kto_loss(
-        pad(p.logits, (0, 0, 0, 3), value=7.0),
-        pad(p.labels, (0, 3), value=-100),
-        p.desirable,
-        ref_logits=pad(ref, (0, 0, 0, 3)),
-        **options,
-    )
-    assert_same(place, padded.loss, out.loss)

@@ -69,22 +69,6 @@ def test_chunks_and_what_is_trained(place, long_sequences, reduction, rows, trai
     check_linear(p, place, torch.float32, trained, max_logits_bytes=budget(rows))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_shapes(seed):
-    torch.manual_seed(seed)
-    lengths = tuple(torch.randint(0, 30, (int(torch.randint(1, 7, ())),)).tolist())
-    p = linear_problem(
-        lengths,
-        packed=bool(seed % 2),
-        shift=seed % 3 == 0,
-        prompt=int(torch.randint(0, 3, ())),
-        reduction=("mean", "sum", "none")[seed % 3],
-        average_log_prob=seed % 5 == 0,
-        long_sequences=("auto", "defer", "recompute")[seed // 2 % 3],
-    )
-    check_linear(p, ("cpu", "cpu"), torch.float32, max_logits_bytes=budget(int(torch.randint(1, 40, ()))))
-
-
 @pytest.mark.parametrize("place", ON_CPU)
 def test_without_a_scored_token_or_a_row_or_a_sequence(place):
     for lengths in ((0, 0), (0,)):
