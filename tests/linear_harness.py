@@ -3,6 +3,7 @@ logits as the oracle."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,7 +179,8 @@ def check_linear(
 ) -> KTOOutput:
     """Compares every value and gradient with fp64. What plain PyTorch makes is the yardstick; as both round the logits,
     not by the same sums, theirs is allowed for besides: half a unit of the largest logit for each token, at random.
-    `cancelling`: the gradients may be sums of terms much larger than they are."""
+    `cancelling`: the gradients may be sums of terms much larger than they are, and log-probabilities differences of
+    logits much smaller than they are."""
     backend, device = place
     typed = p.to(dtype, device)
     exact, exact_grads, exact_logits_grad = plain_linear(typed.to(torch.float64, device), trained)
@@ -194,7 +196,8 @@ def check_linear(
     for hidden, weight, tokens in sides:
         if hidden.numel():
             largest_logit = linear(hidden.double(), weight.double(), bias).abs().max().item()
-            noise = max(noise, largest_logit * straight * max(1, tokens) ** 0.5)
+            per_token = largest_logit * straight + (math.log(len(weight)) if cancelling else 0.0)
+            noise = max(noise, per_token * max(1, tokens) ** 0.5)
     beta = p.options.get("beta", 0.1)
     size = {name: value.abs().max().item() if value.numel() else 0.0 for name, value in exact.items()}
     largest = {"logps": noise, "ref_logps": noise, "kl": noise + size["kl"], "rewards": beta * noise + size["rewards"]}
