@@ -46,10 +46,11 @@ def chosen(p, rows):
 
 
 def results(p, place):
-    """Loss and gradient of each sequence, as if it were alone."""
+    """Loss, log-probability and gradient of each sequence, as if it were alone. Not its reward: a difference, which has
+    more rounding than digits where the sums are near each other."""
     _, grad = ours(replace(p, options=p.options | {"reduction": "sum"}), place[0])
     each, _ = ours(p, place[0])
-    return each.loss, each.logps, each.rewards, grad
+    return each.loss, each.logps, grad
 
 
 @places
@@ -136,7 +137,8 @@ def test_scales_by_powers_of_two(place):
         scaled = replace(p, logits=4 * p.logits, tensors=hot, options=p.options | {"temperature": 4.0})
         hotter, hotter_grad = ours(scaled, place[0])
         assert_same(place, hotter.loss, out.loss)
-        assert_same(place, 4 * hotter_grad, grad)
+        normal = grad.abs() >= 16 * torch.finfo(torch.float32).tiny  # a quarter of a subnormal number loses digits
+        assert_same(place, 4 * hotter_grad[normal], grad[normal])
         weights = {"desirable_weight": 8.0, "undesirable_weight": 8.0}
         heavy, heavy_grad = ours(replace(p, options=p.options | weights), place[0])
         assert torch.equal(heavy.loss, 8 * out.loss) and torch.equal(heavy_grad, 8 * grad)
