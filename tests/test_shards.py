@@ -85,7 +85,7 @@ def sharded_chunk(monkeypatch, place, logits, labels, scale, sizes, outputs=OUTP
 
 @places
 @dtypes
-@pytest.mark.parametrize(("scale", "sizes"), zip(SCALES, SPLITS), ids=str)
+@pytest.mark.parametrize(("scale", "sizes"), list(zip(SCALES, SPLITS)), ids=str)
 def test_a_chunk_in_parts(monkeypatch, place, dtype, scale, sizes):
     logits, labels = problem(300, dtype, place[1])
     scores, gradient = sharded_chunk(monkeypatch, place, logits, labels, scale, sizes)
