@@ -11,7 +11,16 @@ import torch.distributed as dist
 from harness import problem
 from linear_harness import HEAD, VOCAB, WIDTH, gemm_flops, linear_problem, plain_linear
 from rank_pool import counted, distributed, group, pool
-from shard_harness import LEAVES, arguments, assert_near, assert_same_sequences, run, some_sequences, some_tokens
+from shard_harness import (
+    LEAVES,
+    arguments,
+    assert_near,
+    assert_same_sequences,
+    run,
+    some_columns,
+    some_sequences,
+    some_tokens,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from kto_kernels import LinearPlan, linear_kto_loss, sequence_logps
@@ -400,6 +409,48 @@ def test_data_and_context_parallel(packed, trained):
     for everywhere, one_process in pool().run(on_a_mesh, packed, trained):
         assert everywhere == pytest.approx(one_process, rel=1e-5, abs=1e-7)
         assert {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"} <= everywhere.keys()
+
+
+def tokens_and_columns(rank, packed, trained, long_sequences):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    cp, tp = mesh.get_coordinate()
+    given = arguments(
+        linear_problem(
+            (6, 3, 9, 0, 1, 12, 5), packed=packed, outputs=OUTPUTS, max_logits_bytes=5 * FP32,
+            long_sequences=long_sequences
+        )
+    )  # fmt: skip
+    whole, whole_grads = run(given, trained)
+    mine, columns = zigzag(cp, 2), [slice(0, 20), slice(20, VOCAB)][tp]
+    groups = {"context_group": mesh["cp"], "vocab_group": mesh["tp"]}
+    out, grads = run(some_columns(some_tokens(given, mine), columns), trained, **groups)
+    totals = {name: grad.clone() for name, grad in grads.items()}
+    for name in sorted(totals.keys() - {"hidden"}):  # in one order on all ranks
+        dist.all_reduce(totals[name], group=mesh["cp"].get_group())
+    everywhere = out.metrics(context_group=mesh["cp"])  # before this rank may fail and leave the others waiting
+    assert_same_sequences(out, whole)
+    assert_near("loss", out.loss, whole.loss)
+    assert totals.keys() == set(trained)
+    for name, total in totals.items():
+        if name == "hidden":
+            rows = mine(given["labels"].shape[-1])
+            assert_near(name, total, whole_grads[name][rows] if packed else whole_grads[name][:, rows])
+        else:
+            assert_near(name, total, whole_grads[name][columns])
+    return everywhere, whole.metrics()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "trained, long_sequences",
+    [(("hidden", "weight", "bias"), "auto"), (("hidden", "weight", "bias"), "defer"), (("hidden",), "auto")],
+    ids=["trained head", "trained head, deferred", "frozen head"],
+)
+def test_vocabulary_and_context_parallel(packed, trained, long_sequences):
+    for everywhere, one_process in pool().run(tokens_and_columns, packed, trained, long_sequences):
+        assert everywhere == pytest.approx(one_process, rel=1e-5, abs=1e-7)
 
 
 # Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
