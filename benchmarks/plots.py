@@ -191,6 +191,8 @@ def measured_ticks(axes: Axes, xs: Iterable[float], text: Callable, letters: int
 def round_ticks(axes: Axes, text: Callable) -> None:
     """For a logarithmic y-axis: bytes at powers of two, seconds at powers of ten."""
     low, high = axes.get_ylim()
+    if high / low < 4:  # so that two powers of two are in sight, and a small difference looks small
+        low, high = axes.set_ylim(low / 2, high * 2)
     if text is size:
         locator = LogLocator(next((base for base in (2, 4, 16) if high / low < base**6), 64))
     else:
