@@ -37,7 +37,6 @@ def admit(
     scale: Errors,  # of the truth
     slack: float = 1.001,
     cap: float | None = None,
-    luck: Errors | None = None,
 ) -> tuple[dict[str, Errors], dict[str, str]]:
     """Runs every variant once. Returns the errors of those that did, and why which peers are not to be timed: they
     failed, differ, or take more than `cap` seconds even at the second call."""
@@ -64,7 +63,7 @@ def admit(
     naive = next((errors[name] for name in errors if name.startswith(NAIVE)), None)
     if naive is None:
         raise SystemExit(f"gate: naive PyTorch fails ({absent[NAIVE]}): there is nothing to hold ours to")
-    hold(errors, naive, mine, slack, luck or {})
+    hold(errors, naive, mine, slack)
     for name in errors.keys() - {*mine, *absent, NAIVE}:
         for what, error in errors[name].items():
             if not error <= DIFFERS * scale[what] + 2 * naive[what]:
@@ -72,13 +71,11 @@ def admit(
     return errors, absent
 
 
-def hold(errors: dict[str, Errors], naive: Errors, mine: Iterable[str], slack: float, luck: Errors) -> None:
-    """Stops the run where an error of one of `mine` is larger than naive PyTorch's times `slack`, and the `luck` that the
-    latter may have had."""
+def hold(errors: dict[str, Errors], naive: Errors, mine: Iterable[str], slack: float) -> None:
+    """Stops the run where an error of one of `mine` is larger than naive PyTorch's times `slack`."""
     for name in mine:
         for what, error in errors[name].items():
-            allowed = slack * naive[what] + luck.get(what, 0.0)
-            if what == "loss":  # one number, in fp32
-                allowed += torch.finfo(torch.float32).eps
+            # The loss is one number: by luck naive PyTorch may hit it.
+            allowed = slack * naive[what] + (torch.finfo(torch.float32).eps if what == "loss" else 0.0)
             if not error <= allowed:
                 raise SystemExit(f"gate: {name}, {what}: error {error:.3e} > {allowed:.3e}; nothing was timed")
