@@ -22,8 +22,6 @@ from .rows import ChunkScores, LossOptions, Scale, local_labels
 
 # Rows and columns at a time where a product is rounded to 16 bits before it is added: the tile stays in the cache.
 _TILE = 1024
-# The largest coefficient that is left to fp16 products beside one of 1: it may be this small.
-_SMALLEST = 2.0**-40
 # Logits at a time where a gradient is made by plain PyTorch, which takes several times their memory.
 _ENTROPY_ELEMENTS = 1 << 22
 
@@ -176,10 +174,10 @@ class HeadGradient:
                 mine.addcmul_(theirs, factor)
             setattr(other, name, None)
 
-    def scale_(self, factor: Tensor) -> None:
+    def scale_(self, factor: Tensor, backend: Backend) -> None:
         for total in (self.weight, self.bias):
             if total is not None:
-                total.mul_(factor)
+                backend.scale_(total, factor)
 
     def result(self, weight: Tensor, bias: Tensor | None, unit: Tensor | None) -> tuple[Tensor, Tensor]:
         """(dW, db) in the dtypes of the head as it was given; zeros where no row came, empty where not needed. Those
@@ -216,6 +214,12 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, first_dtype: torch.d
     return total
 
 
+def power_of_two_below(largest: Tensor) -> Tensor:  # ()
+    """A unit to divide numbers by, of which `largest` is the largest; not 0, and 1 where that is not finite."""
+    unit = torch.exp2(largest.log2().floor()).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(unit.isfinite(), unit, 1.0)
+
+
 @dataclass
 class Walk:
     """What a walk leaves behind. Token values are (S,), in the order of the scored rows."""
@@ -229,8 +233,9 @@ class Walk:
 class Coefficients(Protocol):
     """`∂loss/∂ℓ_n` of rows, as soon as it is known."""
 
-    def close(self, logps: Tensor, chunk: Chunk) -> None:
-        """The chunk's sequences are scored: `logps` (S,) holds all of their rows."""
+    def close(self, logps: Tensor, chunk: Chunk) -> Tensor | None:  # ()
+        """The chunk's sequences are scored: `logps` (S,) holds all of their rows. Returns what the sums made so far are
+        to be scaled by, if at all."""
 
     def of_rows(self, chunk: Chunk) -> Tensor | None:  # (C,)
         """Of a chunk's rows; None: their gradient has them in it."""
@@ -240,7 +245,7 @@ class Coefficients(Protocol):
 
     def exchange(self, logps: Tensor) -> Tensor | None:  # ()
         """Every row of this rank is scored, and every sequence is closed when the other ranks have said what theirs sum
-        to. Returns what the sums made so far are to be scaled by, if at all."""
+        to. Returns what `close` does."""
 
 
 @dataclass
@@ -289,8 +294,7 @@ class LossCoefficients:
         z0: Tensor,  # ()
         desirable: Tensor,  # (B,) bool
         options: LossOptions,
-        unit: float,  # they are divided by it
-        dtype: torch.dtype,  # fp32, or fp64
+        dtype: torch.dtype,  # of the GEMMs
         group: dist.ProcessGroup | None = None,  # the ranks that the sequences' tokens are spread over
     ) -> None:
         device = desirable.device
@@ -298,14 +302,16 @@ class LossCoefficients:
         self.offsets = torch.tensor(self.starts, device=device)
         self.lengths = self.offsets.diff()
         self.ref_logps, self.z0, self.desirable, self.options = ref_logps, z0, desirable, options
-        self.unit, self.dtype, self.group = unit, dtype, group
+        self.dtype, self.group = reference.compute_dtype(dtype), group
+        # What they are divided by. For fp16 products it follows the largest one so far, so that they do not underflow.
+        self.unit = torch.zeros((), dtype=torch.float64, device=device) if dtype == torch.float16 else None
         self.logps, self.slopes = (torch.zeros(len(lengths), dtype=torch.float64, device=device) for _ in range(2))
 
     def _sums(self, logps: Tensor, first: int, last: int) -> Tensor:
         begin, end = self.starts[first], self.starts[last]
         return reference.per_sequence(logps[begin:end], self.offsets[first : last + 1] - begin)
 
-    def _close(self, first: int, last: int, total: Tensor, lengths: Tensor) -> None:
+    def _close(self, first: int, last: int, total: Tensor, lengths: Tensor) -> Tensor | None:
         """Stages 2 to 5 of sequences [first, last): their sums and lengths are known."""
         average = self.options.average_log_prob
         logps = reference.mean_logps(total, lengths) if average else total
@@ -315,32 +321,34 @@ class LossCoefficients:
             slopes = slopes / max(1, len(self.slopes))
         self.logps[first:last] = logps
         self.slopes[first:last] = reference.mean_logps(slopes, lengths) if average else slopes
+        if self.unit is None or first == last:
+            return None
+        largest = torch.where(self.lengths[first:last] > 0, self.slopes[first:last].abs(), 0.0).amax()
+        before, self.unit = self.unit, self.unit.maximum(power_of_two_below(largest))
+        return before / self.unit
 
     def close(self, logps, chunk):
         first, last = chunk.sequences
-        self._close(first, last, self._sums(logps, first, last), self.lengths[first:last])
+        return self._close(first, last, self._sums(logps, first, last), self.lengths[first:last])
 
     def exchange(self, logps):
         count = len(self.slopes)
         lengths = self.lengths if self.options.average_log_prob else None
-        self._close(0, count, *sums_over_ranks(self._sums(logps, 0, count), lengths, self.group))
-        if self.unit == 1.0:
-            return None
-        # Over its length on all ranks a sequence's coefficient may be far smaller than it could have been on this one.
-        largest = torch.where(self.lengths > 0, self.slopes.abs(), 0.0).amax() if count else self.slopes.new_zeros(())
-        before, self.unit = self.unit, torch.exp2(largest.log2().floor()).clamp(min=_SMALLEST * self.unit)
-        return before / self.unit
+        return self._close(0, count, *sums_over_ranks(self._sums(logps, 0, count), lengths, self.group))
 
     def of_rows(self, chunk):
         first, last = chunk.sequences
-        slopes = (self.slopes[first:last] / self.unit).to(self.dtype)
+        slopes = self._in_units(self.slopes[first:last]).to(self.dtype)
         if last - first == 1:
             return slopes.expand(chunk.rows)
         rows = self.offsets[first : last + 1].clamp(chunk.start, chunk.stop).diff()
         return slopes.repeat_interleave(rows, output_size=chunk.rows)
 
     def of_sequence(self, sequence):
-        return self.slopes[sequence] / self.unit
+        return self._in_units(self.slopes[sequence])
+
+    def _in_units(self, slopes: Tensor) -> Tensor:
+        return slopes if self.unit is None else slopes / self.unit
 
 
 class _Sum:
@@ -392,6 +400,10 @@ def walk(
         while on_its_way:
             put(*on_its_way.pop().wait())
 
+    def rescale(factor: Tensor | None) -> None:
+        if factor is not None:
+            total.scale_(factor, backend)
+
     def form(chunk: Chunk, gradient: Tensor, h: Tensor) -> None:
         if needs.hidden and rows.shard is not None:
             settle()
@@ -402,7 +414,7 @@ def walk(
                 apart.setdefault(sequence, HeadGradient(needs, float_dtype)).add(gradient, h, None)
             else:
                 if chunk.task is Task.CLOSE:
-                    coefficients.close(logps, chunk)
+                    rescale(coefficients.close(logps, chunk))
                     if sequence in apart:
                         total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
                 total.add(gradient, h, coefficients.of_rows(chunk))
@@ -412,9 +424,7 @@ def walk(
 
     for chunk in plan.chunks:
         if chunk.task is Task.EXCHANGE:
-            factor = coefficients.exchange(logps)
-            if factor is not None:
-                total.scale_(factor)
+            rescale(coefficients.exchange(logps))
             # The first of those apart becomes the sum, where there is none yet.
             for sequence in list(apart):
                 total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))

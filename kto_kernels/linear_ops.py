@@ -11,7 +11,6 @@ loop depends on how many tokens are scored.
 """
 
 # No `from __future__ import annotations`: torch.library reads the schemas from the annotations.
-import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -31,6 +30,7 @@ from .linear import (
     LossCoefficients,
     Needs,
     ScoredRows,
+    power_of_two_below,
     scored_lengths,
     scored_targets,
     walk,
@@ -102,10 +102,6 @@ def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias
         empty(needs_weight, weight, weight.shape),
         empty(needs_bias, bias_like, weight.shape[:1]),
     )
-
-
-def _power_of_two_below(value: float) -> float:
-    return 2.0 ** math.floor(math.log2(value)) if 0 < value < math.inf else 1.0
 
 
 # Token log-probabilities ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -267,8 +263,7 @@ def linear_backward(
         unit = None
         if dtype == torch.float16:  # coefficients near 1, so that products with them do not underflow
             largest = torch.stack([g.abs().amax() for g in grads if g is not None and len(g)] or [grad.new_ones(())])
-            unit = torch.exp2(largest.amax().log2().floor())
-            unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1.0)
+            unit = power_of_two_below(largest.amax())
             grads = [None if g is None else g / unit for g in grads]
         coefficients = KnownCoefficients(grads[0]) if entropy_grad is None else BothCoefficients(*grads)
         walked = walk(rows, head, plan, chosen, needs, coefficients=coefficients)
@@ -337,36 +332,19 @@ def linear_kto(
             long_sequences=long_sequences, open_sequences=open_sequences
         )  # fmt: skip
         options = LossOptions(beta, desirable_weight, undesirable_weight, average_log_prob, reduction)
-        unit = _smallest_unit(options, rows.lengths, open_sequences) if dtype == torch.float16 else 1.0
-        float_dtype = reference.compute_dtype(dtype)
-        coefficients = LossCoefficients(
-            rows.lengths, ref_logps, z0, desirable, options, unit, float_dtype, by_name(context_group)
-        )
+        coefficients = LossCoefficients(rows.lengths, ref_logps, z0, desirable, options, dtype, by_name(context_group))
         walked = walk(rows, head, plan, chosen, needs, _names(outputs), coefficients)
         r = reference.log_ratio(coefficients.logps, ref_logps)
         losses = reference.loss(r, z0, desirable, beta, options.weights)
-        unit = coefficients.unit
         return (
-            reference.reduce(losses, reduction).to(float_dtype),
+            reference.reduce(losses, reduction).to(reference.compute_dtype(dtype)),
             coefficients.logps,
             coefficients.slopes,
             rows.spread(walked.logps),
             *_token_outputs(walked, rows, outputs),
             walked.hidden,
-            *walked.head.result(weight, bias, None if unit == 1.0 else torch.as_tensor(unit, device=hidden.device)),
+            *walked.head.result(weight, bias, coefficients.unit),
         )
-
-
-def _smallest_unit(options: LossOptions, lengths: list[int], open_sequences: Optional[Sequence[bool]]) -> float:
-    """A power of two near the largest coefficient that there can be: λβσ'(x) is at most λβ/4. The lengths of sequences
-    that are open on other ranks say nothing."""
-    bound = max(options.weights) * options.beta / 4
-    if options.reduction == "mean":
-        bound /= max(1, len(lengths))
-    if options.average_log_prob:
-        closed = [n for i, n in enumerate(lengths) if n and not (open_sequences and open_sequences[i])]
-        bound /= min(closed, default=1)
-    return _power_of_two_below(bound)
 
 
 @linear_kto.register_fake
