@@ -15,6 +15,9 @@ from .measure import reason
 from .peers import BETA, KL, NAIVE
 
 DIFFERS = 1e-2  # of the truth, on top of naive PyTorch's own error: a peer beyond that computes something else
+LOGPS = "token log-probs"
+ALIKE = 1.01  # theirs: the same roundings, by sums in another order
+CHANCE = 2.0  # standard deviations
 Errors = dict[str, float]
 
 
@@ -37,6 +40,7 @@ def admit(
     scale: Errors,  # of the truth
     slack: float = 1.001,
     cap: float | None = None,
+    spread: float = 0.0,  # of the loss, for errors of 1 of either sign in the token log-probabilities
 ) -> tuple[dict[str, Errors], dict[str, str]]:
     """Runs every variant once. Returns the errors of those that did, and why which peers are not to be timed: they
     failed, differ, or take more than `cap` seconds even at the second call."""
@@ -63,7 +67,7 @@ def admit(
     naive = next((errors[name] for name in errors if name.startswith(NAIVE)), None)
     if naive is None:
         raise SystemExit(f"gate: naive PyTorch fails ({absent[NAIVE]}): there is nothing to hold ours to")
-    hold(errors, naive, mine, slack)
+    hold(errors, naive, mine, slack, spread)
     for name in errors.keys() - {*mine, *absent, NAIVE}:
         for what, error in errors[name].items():
             if not error <= DIFFERS * scale[what] + 2 * naive[what]:
@@ -71,11 +75,14 @@ def admit(
     return errors, absent
 
 
-def hold(errors: dict[str, Errors], naive: Errors, mine: Iterable[str], slack: float) -> None:
-    """Stops the run where an error of one of `mine` is larger than naive PyTorch's times `slack`."""
+def hold(errors: dict[str, Errors], naive: Errors, mine: Iterable[str], slack: float, spread: float = 0.0) -> None:
+    """Stops the run where an error of one of `mine` is larger than naive PyTorch's times `slack`.
+
+    The loss is one number, which naive PyTorch may hit by luck: what chance makes of errors like those of its token
+    log-probabilities is allowed besides. Those are many, and the sharper test."""
+    chance = CHANCE * spread * naive.get(LOGPS, 0.0) + torch.finfo(torch.float32).eps
     for name in mine:
         for what, error in errors[name].items():
-            # The loss is one number: by luck naive PyTorch may hit it.
-            allowed = slack * naive[what] + (torch.finfo(torch.float32).eps if what == "loss" else 0.0)
+            allowed = (ALIKE if what == LOGPS else slack) * naive[what] + (chance if what == "loss" else 0.0)
             if not error <= allowed:
                 raise SystemExit(f"gate: {name}, {what}: error {error:.3e} > {allowed:.3e}; nothing was timed")

@@ -2,7 +2,7 @@
 
 Every variant computes the KTO loss of N scored tokens in 4 sequences, behind prompts half as long, from policy and
 reference hidden states and a KL number, and the gradients of the policy's hidden states and (unless it is frozen) of its
-head. The gate compares loss and gradients with fp64 before anything is timed. The floor is the GEMMs of the scored tokens
+head. The gate compares token log-probabilities, loss and gradients with fp64 before anything is timed. The floor is the GEMMs of the scored tokens
 alone, unchunked, into buffers that are there.
 """
 
@@ -58,11 +58,12 @@ def jobs(device: str) -> list[Job]:
     return [Job(BASE[device], ("fp32", "bf16"))] + [Job(shape, ("bf16",), fast, repeats=3) for shape in others]
 
 
+LOGPS = gate.LOGPS
 QUICK = Shape(128, 128, 8192)
 REPEATS = 5
 CAP = {"cpu": 20.0, "cuda": None}
-# In 16 bits autograd rounds the logits' gradient and the product. Ours also rounds the hidden states that a sequence's
-# coefficient went over: at worst three roundings of one size instead of two.
+# Of the gradients. In 16 bits autograd rounds the logits' gradient and the product. Ours also rounds the hidden states
+# that a sequence's coefficient went over (or the product before it): three roundings instead of two.
 SLACK = {"fp32": 1.001, "bf16": 1.5**0.5, "fp16": 1.5**0.5}
 FP64_ROWS, FP64_WORDS = 256, 8192  # at a time
 AGAIN = 5.0  # a call of more seconds on a CPU is not made again: noise is little of it
@@ -104,9 +105,11 @@ def trained(batch: LinearBatch) -> dict[str, Tensor]:
     return {f"{name} gradient": leaf for name, leaf in leaves.items() if leaf.requires_grad}
 
 
-def with_gradients(loss_of: LossOf, batch: LinearBatch) -> tuple[Tensor, ...]:
-    loss = loss_of(batch)
-    return loss.detach(), *torch.autograd.grad(loss, list(trained(batch).values()))
+def with_gradients(loss_of: LossOf, batch: LinearBatch) -> dict[str, Tensor]:
+    leaves = trained(batch)
+    loss, token_logps = loss_of(batch)
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+    return found | {"loss": loss.detach()} | ({} if token_logps is None else {LOGPS: token_logps})
 
 
 class Truth:
@@ -126,13 +129,15 @@ class Truth:
         def logits(hidden: Tensor, head: Tensor) -> Tensor:
             return torch.cat([F.linear(hidden.double(), w.double()) for w in head.split(FP64_WORDS)], -1)
 
-        def sums(hidden: Tensor, head: Tensor) -> Tensor:
+        def token_logps(hidden: Tensor, head: Tensor) -> Tensor:
             slices = zip(hidden[scored].split(FP64_ROWS), labels.split(FP64_ROWS))
-            logps = torch.cat([reference.token_logps(logits(x, head), y, softcap=softcap) for x, y in slices])
-            return logps.new_zeros(len(hidden)).index_add_(0, sequence, logps)
+            return torch.cat([reference.token_logps(logits(x, head), y, softcap=softcap) for x, y in slices])
 
-        log_ratios = sums(batch.hidden, batch.weight) - sums(batch.ref_hidden, batch.ref_weight)
-        loss, slopes = gate.true_loss_and_slopes(log_ratios, batch.desirable)
+        logps, ref_logps = token_logps(batch.hidden, batch.weight), token_logps(batch.ref_hidden, batch.ref_weight)
+        self.log_ratios = logps.new_zeros(len(scored)).index_add_(0, sequence, logps - ref_logps)
+        loss, slopes = gate.true_loss_and_slopes(self.log_ratios, batch.desirable)
+        # Of the loss, where the errors of all tokens' log-probabilities, the reference's too, are 1 of either sign.
+        self.spread = (2 * slopes[sequence].square().sum()).sqrt().item()
         hidden = batch.hidden[scored]
         of_hidden = torch.zeros_like(hidden, dtype=torch.float64)
         of_words = of_hidden.new_zeros(len(self.words), hidden.shape[1])
@@ -141,18 +146,19 @@ class Truth:
             for part, w in zip(of_logits.split(FP64_WORDS, 1), batch.weight.split(FP64_WORDS)):
                 grad += part @ w.double()
             of_words += of_logits[:, self.words].T @ x.double()
-        self.values = {"loss": loss, "hidden gradient": of_hidden}
+        self.values = {"loss": loss, LOGPS: logps, "hidden gradient": of_hidden}
         if batch.weight.requires_grad:
             self.values["weight gradient"] = of_words
 
-    def errors_of(self, found: tuple[Tensor, ...]) -> gate.Errors:
+    def errors_of(self, found: dict[str, Tensor]) -> gate.Errors:
         errors = {}
-        for (what, true), x in zip(self.values.items(), found):
+        for what, x in found.items():
             if what == "hidden gradient":  # a prompt's is 0
                 prompts = x[~self.rows].abs().max().item() if not self.rows.all() else 0.0
-                errors[what] = max(gate.rms(x[self.rows].double() - true), prompts)
+                errors[what] = max(gate.rms(x[self.rows].double() - self.values[what]), prompts)
             else:
-                errors[what] = gate.rms((x[self.words] if what == "weight gradient" else x).double() - true)
+                part = {LOGPS: self.rows, "weight gradient": self.words}.get(what, ...)
+                errors[what] = gate.rms(x[part].double() - self.values[what])
         return errors
 
     @property
@@ -217,7 +223,14 @@ def gated(
     mine = [name for name in variants if name.startswith("linear_kto_loss")]
     everyone = {NAIVE: naive, NAIVE_SCORED: naive_scored} | variants
     found = gate.admit(
-        everyone, mine, lambda f: with_gradients(f, batch), truth.errors_of, truth.scale, SLACK[dtype], cap
+        everyone,
+        mine,
+        lambda f: with_gradients(f, batch),
+        truth.errors_of,
+        truth.scale,
+        SLACK[dtype],
+        cap,
+        truth.spread,
     )
     return *found, truth.scale
 

@@ -1,4 +1,4 @@
-"""The loss from hidden states, each way behind one signature: `loss_of(batch) → 0-d loss`, differentiable.
+"""The loss from hidden states, each way behind one signature: `loss_of(batch) → Scored`, a 0-d loss, differentiable.
 
 Where a peer stops at token log-probabilities, the reference's are computed by its own means without gradient, and the
 KTO formula on top is the one of `peers`. Prompts are in the batch, as a model's forward leaves them there: a peer that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +34,18 @@ class LinearBatch:
     softcap: float | None = None
 
 
-LossOf = Callable[[LinearBatch], Tensor]
+class Scored(NamedTuple):
+    loss: Tensor  # ()
+    token_logps: Tensor | None = None  # (B, T), detached, of the policy; None where a peer keeps them to itself
+
+
+LossOf = Callable[[LinearBatch], Scored]
 TokenLogpsOf = Callable[[LinearBatch, Tensor, Tensor, Tensor], Tensor]  # batch, hidden, weight, labels → (B, T)
 
 
 def ours(backend: str, max_logits_bytes: int | None = None) -> LossOf:
-    def loss_of(batch: LinearBatch) -> Tensor:
-        return linear_kto_loss(
+    def loss_of(batch: LinearBatch) -> Scored:
+        out = linear_kto_loss(
             batch.hidden,
             batch.weight,
             batch.labels,
@@ -51,17 +57,18 @@ def ours(backend: str, max_logits_bytes: int | None = None) -> LossOf:
             softcap=batch.softcap,
             max_logits_bytes=max_logits_bytes,
             backend=backend,
-        ).loss
+        )
+        return Scored(out.loss, out.token_logps)
 
     return loss_of
 
 
 def _from_token_logps(token_logps_of: TokenLogpsOf) -> LossOf:
-    def loss_of(batch: LinearBatch) -> Tensor:
+    def loss_of(batch: LinearBatch) -> Scored:
         with torch.no_grad():
             ref_logps = token_logps_of(batch, batch.ref_hidden, batch.ref_weight, batch.labels).float().sum(-1)
         token_logps = token_logps_of(batch, batch.hidden, batch.weight, batch.labels)
-        return kto_from_token_logps(token_logps, ref_logps, batch.desirable)
+        return Scored(kto_from_token_logps(token_logps, ref_logps, batch.desirable), token_logps.detach())
 
     return loss_of
 
@@ -120,8 +127,8 @@ def _liger(setting: Setting) -> LossOf:
     torch._dynamo.reset()
     kto = LigerFusedLinearKTOLoss(beta=BETA, compiled=True, use_ref_model=True)
 
-    def loss_of(batch: LinearBatch) -> Tensor:
-        return kto(
+    def loss_of(batch: LinearBatch) -> Scored:
+        loss, *_ = kto(
             batch.hidden,
             batch.weight,
             batch.labels,
@@ -129,7 +136,8 @@ def _liger(setting: Setting) -> LossOf:
             ref_input=batch.ref_hidden,
             ref_weight=batch.ref_weight,
             kl=torch.tensor(KL, device=batch.hidden.device),
-        )[0]
+        )
+        return Scored(loss)
 
     return loss_of
 
@@ -183,7 +191,7 @@ def _quack_chunked(setting: Setting) -> LossOf:
     setting.need_gpu((9, 0), (10, 0))
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def loss_of(batch: LinearBatch) -> Tensor:
+    def loss_of(batch: LinearBatch) -> Scored:
         """It returns sums only: a call for each sequence, whose coefficient comes with the backward."""
 
         def sums(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -192,7 +200,7 @@ def _quack_chunked(setting: Setting) -> LossOf:
 
         with torch.no_grad():
             ref_logps = sums(batch.ref_hidden, batch.ref_weight)
-        return kto_from_token_logps(sums(batch.hidden, batch.weight)[:, None], ref_logps, batch.desirable)
+        return Scored(kto_from_token_logps(sums(batch.hidden, batch.weight)[:, None], ref_logps, batch.desirable))
 
     return loss_of
 

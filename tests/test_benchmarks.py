@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import linear, linear_peers, logits, longcontext, measure, memory, peers, report, selection, step  # noqa: E402
+from benchmarks import gate, linear, linear_peers, logits, longcontext, measure, memory, peers, report, selection, step  # noqa: E402
 from benchmarks.__main__ import parser  # noqa: E402
 from benchmarks.session import jobs, settle  # noqa: E402
 from benchmarks.shapes import MODELS, Shape, of_model, parse  # noqa: E402
@@ -166,7 +166,8 @@ def test_the_gate_sees_a_gradient_of_prompts():
     batch = linear.make_batch(Shape(16, 12, 40), linear.TRAINED, torch.float32)
 
     def scores_prompts(batch):
-        return linear_peers.naive(batch) + 1e-3 * (batch.hidden - batch.hidden.detach()).sum()
+        loss, token_logps = linear_peers.naive(batch)
+        return linear_peers.Scored(loss + 1e-3 * (batch.hidden - batch.hidden.detach()).sum(), token_logps)
 
     _, refused, _ = linear.gated(batch, {"scores prompts": scores_prompts}, "fp32")
     assert "hidden gradient" in refused["scores prompts"]
@@ -179,25 +180,66 @@ def test_the_truth_by_slices_is_that_of_autograd(monkeypatch):
     batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0), linear.TRAINED, torch.float64)
     truth = linear.Truth(batch)
     errors = truth.errors_of(linear.with_gradients(in_fp64, batch))
-    assert set(errors) == {"loss", "hidden gradient", "weight gradient"}
+    assert set(errors) == {"loss", "token log-probs", "hidden gradient", "weight gradient"}
     assert all(error < 1e-12 for error in errors.values()) and all(scale > 1e-6 for scale in truth.scale.values())
 
 
 def in_fp64(batch):
-    def sums(hidden, weight):
+    def token_logps(hidden, weight):
         z = batch.softcap * torch.tanh(hidden @ weight.T / batch.softcap)
         logps = z.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
-        return (logps * (batch.labels != linear_peers.IGNORED)).sum(-1)
+        return logps * (batch.labels != linear_peers.IGNORED)
 
-    r = sums(batch.hidden, batch.weight) - sums(batch.ref_hidden, batch.ref_weight)
-    margin = peers.BETA * (r - peers.KL)
-    return (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean()
+    logps = token_logps(batch.hidden, batch.weight)
+    margin = peers.BETA * ((logps - token_logps(batch.ref_hidden, batch.ref_weight)).sum(-1) - peers.KL)
+    loss = (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean()
+    return linear_peers.Scored(loss, logps.detach())
 
 
 def test_a_frozen_head_takes_no_gradient():
     case = linear.run(linear.QUICK, "fp32", linear.FROZEN, 2, lambda: None, peers=("naive",))
     assert "bare GEMMs, 3G" in case["seconds"]
-    assert all(errors.keys() == {"loss", "hidden gradient"} for errors in case["errors against fp64"].values())
+    assert all(
+        errors.keys() == {"loss", "token log-probs", "hidden gradient"}
+        for errors in case["errors against fp64"].values()
+    )
+
+
+def test_the_gate_knows_luck_from_error():
+    """Naive PyTorch hits the loss by luck: ours may miss it by what its own token log-probabilities let one expect, and
+    by no more; those themselves, and gradients, may not be worse."""
+    naive = {"loss": 1e-6, "token log-probs": 1e-2, "weight gradient": 1e-3}
+
+    def hold(what, error):
+        gate.hold({"ours": naive | {what: error}}, naive, ["ours"], slack=1.2, spread=0.1)
+
+    hold("loss", 1.9e-3)
+    hold("weight gradient", 1.19e-3)
+    for what, error in {"loss": 2.1e-3, "token log-probs": 1.02e-2, "weight gradient": 1.21e-3}.items():
+        for wrong in (error, float("nan")):
+            with pytest.raises(SystemExit, match=f"gate: ours, {what}"):
+                hold(what, wrong)
+
+
+def test_the_spread_of_the_loss_is_what_chance_makes_of_it():
+    """Errors of either sign in every token's log-probability, drawn again and again, and the losses that they make."""
+    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0), linear.TRAINED, torch.float64)
+    truth = linear.Truth(batch)
+    scored, size = batch.labels != linear_peers.IGNORED, 1e-4
+    loss = truth.values["loss"]
+
+    def drawn(seed):
+        g = torch.Generator().manual_seed(seed)
+
+        def sums():
+            signs = 1 - 2 * torch.randint(2, scored.shape, generator=g)
+            return (size * signs * scored).sum(-1)
+
+        r = truth.log_ratios + sums() - sums()
+        return gate.true_loss_and_slopes(r, batch.desirable)[0] - loss
+
+    losses = torch.stack([drawn(seed) for seed in range(2000)])
+    assert gate.rms(losses) == pytest.approx(size * truth.spread, rel=0.05)
 
 
 def test_a_failed_gate_times_nothing(monkeypatch):
@@ -232,19 +274,20 @@ def test_a_failed_gate_from_hidden_states(monkeypatch):
         linear.run(linear.QUICK, "fp32", linear.TRAINED, 2, lambda: None, peers=())
 
 
-def wrong(batch: linear_peers.LinearBatch) -> torch.Tensor:
-    return linear_peers.naive(batch) * 1.03
+def wrong(batch: linear_peers.LinearBatch) -> linear_peers.Scored:
+    loss, token_logps = linear_peers.naive(batch)
+    return linear_peers.Scored(1.03 * loss, token_logps)
 
 
-def broken(batch: linear_peers.LinearBatch) -> torch.Tensor:
+def broken(batch: linear_peers.LinearBatch) -> linear_peers.Scored:
     raise RuntimeError("no compiler\nand more")
 
 
-def full(batch: linear_peers.LinearBatch) -> torch.Tensor:
+def full(batch: linear_peers.LinearBatch) -> linear_peers.Scored:
     raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
 
-def slow(batch: linear_peers.LinearBatch) -> torch.Tensor:
+def slow(batch: linear_peers.LinearBatch) -> linear_peers.Scored:
     time.sleep(0.6)
     return linear_peers.naive(batch)
 
