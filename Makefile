@@ -44,6 +44,7 @@ bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ an
 	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks ceilings
+	$(BIN)/python -m benchmarks inspect
 	$(BIN)/python -m benchmarks report
 
 report: $(VENV)/test.stamp  ## fail where README and results differ

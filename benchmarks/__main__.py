@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from rich.table import Table
 
-from . import inspect, linear, logits, longcontext, memory, report, step
-from .session import Session, console, jobs, settle
+from . import ceilings, inspect, linear, logits, longcontext, memory, report, step
+from .environment import versions_and_commit
+from .measure import DTYPES
+from .session import RESULTS, Session, console, jobs, settle, write
 from .shapes import NAMES, Shape
 
 NARROW = Shape(2**20, 0, 8)  # a shape whose O(N) memory is seen beside the rest
@@ -101,17 +104,33 @@ def run_longcontext(args: argparse.Namespace) -> None:
 def run_step(args: argparse.Namespace) -> None:
     repeats = min(args.repeats, 2) if args.quick else args.repeats
     session = Session("step", args)
+    dtypes = args.dtype or step.DTYPES_BY_DEFAULT[args.device]
     with session.progress:
-        for head in (step.LORA,) if args.quick else (step.TRAINED, step.LORA):
-            tick = session.task(f"{head} head", 2 * (repeats + 1) + 4)
-            case = step.run(head, repeats, args.quick, tick, args.device)
+        for dtype, head in itertools.product(dtypes, (step.LORA,) if args.quick else (step.TRAINED, step.LORA)):
+            setup = step.Setup(head, dtype, args.device, args.model, args.batch, args.quick)
+            tick = session.task(f"{head} head, {dtype}", 2 * (repeats + 1) + 4)
+            case = step.run(setup, repeats, tick)
             for part in (step.STEP, step.LOSS):
                 case["peak extra bytes"][part] = {}
                 for variant in (step.TRL, step.OURS):
-                    case["peak extra bytes"][part][variant] = step.memory(variant, head, part, args.quick, args.device)
+                    case["peak extra bytes"][part][variant] = step.memory(variant, part, setup)
                     tick()
             session.add(case)
     finish(session)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Compiles for targets that need not be there: the results file carries their names in the place of a device's."""
+    try:
+        found = inspect.inspect(args.arch, amd=not args.no_amd)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+    result = {"benchmark": "inspect", **versions_and_commit(), "cases": found}
+    path = args.json or RESULTS / "inspect.json"
+    write(path, result)
+    title, rows = inspect.table(found)
+    show(rows, title)
+    console.print(f"written to {path}")
 
 
 def plan(args: argparse.Namespace):
@@ -173,11 +192,14 @@ def add_run(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--plot", action="store_true", help="draw the picture of the results")
 
 
+def add_dtype(command: argparse.ArgumentParser, known: tuple[str, ...], default: str) -> None:
+    command.add_argument("--dtype", help=f"comma list of {', '.join(known)} (default: {default})")
+    command.set_defaults(dtypes=known)
+
+
 def add_peers(command: argparse.ArgumentParser, benchmark: ModuleType) -> None:
     command.set_defaults(benchmark=benchmark)
-    command.add_argument(
-        "--dtype", help="comma list of fp32, bf16, fp16 (default: fp32 and bf16 where both are published)"
-    )
+    add_dtype(command, tuple(DTYPES), "fp32 and bf16 where both are published")
     known = ", ".join(benchmark.PEERS)
     command.add_argument("--peers", help=f"comma list, all or none; known: {known} (default: what each shape has)")
     command.add_argument("--backend", default="all", help="ours: comma list, all (default) or none")
@@ -221,6 +243,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("ceilings", run_ceilings, "copy and read bandwidth and bare GEMM rates of this device (10 s)")
     add_run(command, "ceilings")
+    add_dtype(command, tuple(DTYPES), ", ".join(ceilings.GEMM_DTYPES))
+    command.add_argument("--size", type=int, help="edge of the square matrices (default: 2048 on a CPU, 8192 on a GPU)")
 
     command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 4 min, GPU 1 min)")
     add_run(command, "logits")
@@ -242,12 +266,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens", type=int, nargs="+", help="lengths, prompt and all (default: 1024 … 1048576)")
     command.add_argument("--repeats", type=int, default=longcontext.REPEATS, help="default: %(default)s")
 
-    about = "an optimizer step of a real model under TRL's KTOTrainer and under ours (CPU 4 min, GPU 1 min)"
+    about = "an optimizer step of a real model under TRL's KTOTrainer and under ours (CPU 8 min, GPU 1 min)"
     command = add("step", run_step, about)
     add_run(command, "step")
+    add_dtype(command, step.DTYPES, "both on a CPU, bf16, which is autocast, on a GPU")
+    command.add_argument("--model", help=f"a transformers folder, a GGUF file or a hub name (default: {step.MODEL})")
+    command.add_argument("--batch", type=int, default=step.BATCH, help="rows of feedback (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=step.REPEATS, help="default: %(default)s")
 
-    command = add("inspect", inspect.run, "the Triton kernels as machine code: registers, spills, load widths (2 min)")
+    command = add("inspect", run_inspect, "the Triton kernels as machine code: registers, spills, load widths (2 min)")
     inspect.add_arguments(command)
 
     command = add("report", run_report, "rebuild tables and pictures from benchmarks/results (10 s)")
@@ -262,11 +289,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     commands = parser()
     args = commands.parse_args()
-    if hasattr(args, "benchmark"):
-        try:
-            settle(args, args.benchmark)
-        except ValueError as error:
-            commands.error(str(error))
+    try:
+        settle(args)
+    except ValueError as error:
+        commands.error(str(error))
     args.run(args)
 
 

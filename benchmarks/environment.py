@@ -18,20 +18,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def describe(device: str) -> dict:
+    where = {"device": _device(device), "driver": _driver(device), "threads": torch.get_num_threads()}
+    return where | versions_and_commit()
+
+
+def versions_and_commit() -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "kto_kernels": kto_kernels.__version__}
     for package in ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {
-        "device": _device(device),
-        "driver": _driver(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    return {"versions": versions, "commit": _commit(), "date": datetime.date.today().isoformat()}
 
 
 def _device(device: str) -> str:

@@ -16,7 +16,7 @@ from .peers import BETA, KL, NAIVE
 
 DIFFERS = 1e-2  # of the truth, on top of naive PyTorch's own error: a peer beyond that computes something else
 LOGPS = "token log-probs"
-ALIKE = 1.01  # theirs: the same roundings, by sums in another order
+ALIKE = 1.1  # theirs: the same roundings, by GEMMs of other shapes, which may split their sums (1.0001 on a CPU)
 CHANCE = 2.0  # standard deviations
 Errors = dict[str, float]
 

@@ -1,7 +1,7 @@
 """Compiles every variant of the Triton kernels to machine code, without a GPU, and reads what became of it: registers,
 shared memory, spills, and how wide the loads are.
 
-    python -m benchmarks inspect [--json] [--arch sm_90 ...] [--no-amd]
+    python -m benchmarks inspect [--json FILE] [--arch sm_90 ...] [--no-amd]
 
 The launchers themselves say what to compile: they are called with a few rows on the CPU and stopped short of the
 launch, so that block sizes, flags and compiler options are those of a real call.
@@ -10,7 +10,6 @@ launch, so that block sizes, flags and compiler options are those of a real call
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -215,38 +214,25 @@ def _read_amd(asm) -> dict:
     }
 
 
-def print_table(results: list[dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="The Triton kernels as machine code")
-    for column in ("kernel", "variant", "target"):
-        table.add_column(column)
-    for column in ("registers", "shared, bytes", "spills, bytes", "loads, bits×count", "stores, bits×count"):
-        table.add_column(column, justify="right")
+def table(results: list[dict]) -> tuple[str, list[list[str]]]:
+    """(title, rows, the first of them the head), of every variant and target."""
 
     def widths(counts: dict[str, int]) -> str:
         return " ".join(f"{bits}×{counts[bits]}" for bits in sorted(counts, key=int, reverse=True))
 
-    for row in results:
-        numbers = (row["registers"], row["shared"], row["spills"], widths(row["loads"]), widths(row["stores"]))
-        table.add_row(row["kernel"], row["variant"], row["target"], *map(str, numbers))
-    # A table in a file or a pipe is as wide as it needs to be.
-    Console(width=None if os.isatty(1) else 200).print(table)
+    rows = [
+        ["kernel", "variant", "target", "registers", "shared, bytes", "spills, bytes", "loads, bits×count", "stores"]
+    ]
+    for case in results:
+        numbers = (str(case[name]) for name in ("registers", "shared", "spills"))
+        names = (case["kernel"], case["variant"], case["target"])
+        rows.append([*names, *numbers, widths(case["loads"]), widths(case["stores"])])
+    return "The Triton kernels as machine code", rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="NVIDIA architectures (default: %(default)s)")
     parser.add_argument("--no-amd", action="store_true", help=f"leave out {AMD}")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-
-
-def run(options: argparse.Namespace) -> None:
-    try:
-        results = inspect(options.arch, amd=not options.no_amd)
-    except RuntimeError as error:
-        raise SystemExit(str(error)) from error
-    if options.json:
-        print(json.dumps(results, indent=1))
-    else:
-        print_table(results)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="results file (default: benchmarks/results/inspect.json)"
+    )

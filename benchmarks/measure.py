@@ -54,7 +54,8 @@ def interleaved(runs: dict[str, Timed], repeats: int, clock: Callable[[Callable]
 
 
 def quartiles(values: list[float]) -> dict:
-    return dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4, method="inclusive")))
+    found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return dict(zip(("low", "median", "high"), found))
 
 
 class CpuClock:

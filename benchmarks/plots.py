@@ -623,7 +623,7 @@ def step_pictures(result: dict) -> dict[str, Figure]:
     )
     longest = max(sum(timed.values()) for stack in stacks for timed in stack.values())
     for axes, case, stack in zip(picture.panels, cases, stacks):
-        axes.set(title=f"head: {case['head']}", ylim=(len(stack) - 0.5, -0.5), xlim=(0, longest))
+        axes.set(title=f"head: {case['head']}, {case['dtype']}", ylim=(len(stack) - 0.5, -0.5), xlim=(0, longest))
         axes.set_yticks(range(len(stack)), list(stack))
         axes.xaxis.set(visible=axes is picture.panels[-1], major_formatter=FuncFormatter(lambda s, _: f"{s:g} s"))
         axes.spines.bottom.set_visible(axes is picture.panels[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,10 @@ Table = tuple[str, list[list[str]]]  # its title, and rows, the first of them th
 
 def provenance(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    driver = f", driver {result['driver']}" if result.get("driver") else ""
-    where = f"{result['device']}{driver}, {result['threads']} threads"
+    where = "compiled, not run"
+    if "device" in result:
+        driver = f", driver {result['driver']}" if result.get("driver") else ""
+        where = f"{result['device']}{driver}, {result['threads']} threads"
     return f"{where}; {versions}; commit {result['commit']}; {result['date']}"
 
 
@@ -390,9 +393,9 @@ def longcontext_notes(result: dict) -> list[str]:
     ]
 
 
-def step_table(result: dict) -> list[list[str]]:
+def step_table(cases: list[dict]) -> list[list[str]]:
     rows = [["", "head", "step, ms", "step, memory", "loss part, ms", "/ TRL's", "loss part, memory"]]
-    for case in result["cases"]:
+    for case in cases:
         seconds, peaks = case["seconds"], case["peak extra bytes"]
         for variant in (step.TRL, step.OURS):
             took = {part: seconds[part][variant] for part in (step.STEP, step.LOSS)}
@@ -411,10 +414,10 @@ def step_table(result: dict) -> list[list[str]]:
     return rows
 
 
-def step_parts_table(result: dict) -> list[list[str]]:
+def step_parts_table(cases: list[dict]) -> list[list[str]]:
     rows: list[list[str]] = []
-    for case in result["cases"]:
-        for variant, parts in case.get("parts", {}).items():
+    for case in cases:
+        for variant, parts in case["parts"].items():
             rows = rows or [["", "head", *parts, "sum", "step"]]
             took = [parts[part]["median"] for part in rows[0][2:-2]]
             whole = case["seconds"][step.STEP][variant]["median"]
@@ -423,9 +426,25 @@ def step_parts_table(result: dict) -> list[list[str]]:
 
 
 def step_tables(result: dict) -> list[Table]:
-    title = "One optimizer step, SmolLM2-135M-Instruct in fp32, 4 rows of feedback"
-    parts = step_parts_table(result)
-    return [(title, step_table(result))] + ([("Where its time goes: medians, ms", parts)] if parts else [])
+    tables = []
+    setup = operator.itemgetter("model", "dtype", "B")
+    for key, group in itertools.groupby(result["cases"], setup):
+        cases = list(group)
+        tables.append(("One optimizer step, {} in {}, {} rows of feedback".format(*key), step_table(cases)))
+        tables.append(("Where its time goes: medians, ms", step_parts_table(cases)))
+    return tables
+
+
+def inspect_tables(result: dict) -> list[Table]:
+    """The worst of each kernel's variants on each target."""
+    rows = [["kernel", "target", "variants", "registers, at most", "spills, bytes", "widest loads, bits"]]
+    kernels = operator.itemgetter("kernel", "target")
+    for key, group in itertools.groupby(sorted(result["cases"], key=kernels), kernels):
+        cases = list(group)
+        most = (max(case[name] for case in cases) for name in ("registers", "spills"))
+        widest = min(max(map(int, case["loads"])) for case in cases)
+        rows.append([*key, *map(str, (len(cases), *most, widest))])
+    return [("The Triton kernels as machine code", rows)]
 
 
 # name → (tables, notes, tables of the README)
@@ -435,7 +454,8 @@ BENCHMARKS: dict[str, tuple[Callable, Callable, Callable]] = {
     "linear": (linear_tables, linear_notes, lambda result: linear_tables(result)[:1] + linear_summary(result)),
     "memory": (memory_tables, memory_notes, memory_tables),
     "longcontext": (longcontext_tables, longcontext_notes, longcontext_tables),
-    "step": (step_tables, lambda _: [], lambda result: step_tables(result)[:1]),
+    "step": (step_tables, lambda _: [], lambda result: step_tables(result)[::2]),
+    "inspect": (inspect_tables, lambda _: [], inspect_tables),
 }
 
 
@@ -446,19 +466,27 @@ def on_screen(result: dict) -> tuple[list[Table], list[str]]:
 
 # The documents ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Document → the results that it shows, and whether all of them.
+
+def measured(*benchmarks: str) -> tuple[str, ...]:
+    return tuple(f"{benchmark}-{device}" for benchmark in benchmarks for device in DEVICES)
+
+
+# Document → the results that it shows, by the names of their files, and whether all of them.
 DOCUMENTS = {
-    ROOT / "README.md": (("logits", "linear", "longcontext", "step"), False),
-    ROOT / "docs" / "benchmarks.md": (tuple(BENCHMARKS), True),
+    ROOT / "README.md": (measured("logits", "linear", "longcontext", "step"), False),
+    ROOT / "docs" / "benchmarks.md": (
+        (*measured(*(name for name in BENCHMARKS if name != "inspect")), "inspect"),
+        True,
+    ),
 }
 
 
-def section(document: Path, benchmark: str, device: str, everything: bool) -> str:
-    path = RESULTS / f"{benchmark}-{device}.json"
+def section(document: Path, name: str, everything: bool) -> str:
+    path = RESULTS / f"{name}.json"
     if not path.exists():
         return "not measured"
     result = json.loads(path.read_text())
-    tables, notes, headlines = BENCHMARKS[benchmark]
+    tables, notes, headlines = BENCHMARKS[result["benchmark"]]
     rounds = {case["repeats"] for case in result["cases"] if "repeats" in case} or {
         result.get("ceilings", {}).get("repeats")
     }
@@ -469,9 +497,9 @@ def section(document: Path, benchmark: str, device: str, everything: bool) -> st
     if everything:
         found += notes(result)
     here = document.parent
-    for picture in sorted(RESULTS.glob(f"{benchmark}-{device}*.svg")):
+    for picture in sorted(RESULTS.glob(f"{name}*.svg")):
         relative = Path(*[".."] * len(here.relative_to(ROOT).parts)) / picture.relative_to(ROOT)
-        found.append(f"![{benchmark} on {result['device']}]({relative.as_posix()})")
+        found.append(f"![{result['benchmark']} on {result['device']}]({relative.as_posix()})")
     return "\n\n".join(found)
 
 
@@ -481,14 +509,13 @@ def update(check: bool = False) -> list[str]:
     changed = stale_pictures() if check else []
     if not check:
         draw_all()
-    for document, (benchmarks, everything) in DOCUMENTS.items():
+    for document, (names, everything) in DOCUMENTS.items():
         text = new = document.read_text()
-        for benchmark, device in itertools.product(benchmarks, DEVICES):
-            name = f"{benchmark}-{device}"
+        for name in names:
             pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(\n?<!-- end -->)", re.S)
             if not pattern.search(new):
                 raise SystemExit(f"{document.name} has no place for the results {name!r}")
-            written = section(document, benchmark, device, everything)
+            written = section(document, name, everything)
             new = pattern.sub(lambda match, written=written: f"{match[1]}{written}\n<!-- end -->", new)
         if new != text:
             changed.append(document.relative_to(ROOT).as_posix())

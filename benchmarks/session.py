@@ -6,14 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 from rich.progress import Progress
 
 from . import ceilings
 from .environment import ROOT, describe
-from .measure import DTYPES
 from .selection import chosen_backends, chosen_peers
 from .shapes import Job, parse
 
@@ -27,7 +25,8 @@ class Session:
         self.path: Path | None = args.json or (None if args.quick else RESULTS / f"{name}-{args.device}.json")
         self.progress = Progress(console=console)
         with console.status("ceilings of the device"):
-            found = ceilings.measure(args.device, args.quick)
+            dtypes = tuple(dict.fromkeys((*ceilings.GEMM_DTYPES, *(args.dtype or ()))))
+            found = ceilings.measure(args.device, args.quick, dtypes, getattr(args, "size", None))
         self.result = {"benchmark": name, "device kind": args.device, **describe(args.device), "ceilings": found}
         self.result["cases"] = []
 
@@ -43,8 +42,12 @@ class Session:
 
     def write(self) -> None:
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.result, indent=1) + "\n")
+            write(self.path, self.result)
+
+
+def write(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -61,20 +64,26 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return found
 
 
-def settle(args: argparse.Namespace, benchmark: ModuleType) -> None:
+def settle(args: argparse.Namespace) -> None:
     """Checks what was asked for before any work, and puts it in place of the text.
 
     Raises:
         ValueError: a shape, peer, backend or dtype that is not known.
     """
-    args.peers = None if args.peers is None else chosen_peers(args.peers, benchmark.PEERS)
-    args.backend = chosen_backends(args.backend, args.device)
-    if args.dtype is not None:
+    if getattr(args, "dtype", None) is not None:
         args.dtype = tuple(args.dtype.split(","))
         for dtype in args.dtype:
-            if dtype not in DTYPES:
-                raise ValueError(f"{dtype!r} is not known; expected some of: {', '.join(DTYPES)}")
+            if dtype not in args.dtypes:
+                raise ValueError(f"--dtype: {dtype!r} is not known; expected some of: {', '.join(args.dtypes)}")
+    for name in ("batch", "size", "repeats"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
+    if not hasattr(args, "benchmark"):
+        return
+    args.peers = None if args.peers is None else chosen_peers(args.peers, args.benchmark.PEERS)
+    args.backend = chosen_backends(args.backend, args.device)
     if hasattr(args, "shapes"):
         for job in jobs(args):
-            if job.shape.hidden == 0 and benchmark.__name__ != "benchmarks.logits":
+            if job.shape.hidden == 0 and args.benchmark.__name__ != "benchmarks.logits":
                 raise ValueError(f"'{job.shape.scored},{job.shape.vocab}': expected N,H,V")

@@ -4,6 +4,9 @@ of it behind the hidden states alone.
 Both trainers see the same model, reference and batch of feedback. The loss part is the same training step with the
 backbone replaced by fixed hidden states: what is left is scoring policy, reference and KL, the metrics, and the backward
 to hidden states and head. `parts` says where the time of the whole step goes.
+
+bf16 is mixed precision, as trainers know it: parameters in fp32 under autocast. The gate: both losses agree in fp32, and
+in bf16 are what they are in fp32 but for the rounding.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from .environment import ROOT
+from .gate import DIFFERS
 from .measure import Timed, clock_of, in_fresh_process, interleaved, peak_extra_bytes, quartiles
 
 TRL, OURS = "trl.KTOTrainer", "FusedKTOTrainer"
@@ -31,7 +36,22 @@ sys.path.insert(0, str(ROOT / "examples"))  # the model and its data
 STEP, LOSS = "step", "loss part"
 BATCH = 4
 REPEATS = 5
-DEVICES = ("cpu", "cuda")
+DTYPES = ("fp32", "bf16")
+DTYPES_BY_DEFAULT = {"cpu": DTYPES, "cuda": ("bf16",)}
+MODEL = "SmolLM2-135M-Instruct"
+AGREE = 1e-5  # relative, of the losses in fp32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, and how."""
+
+    head: str  # TRAINED or LORA
+    dtype: str = "fp32"
+    device: str = "cpu"
+    model: str | None = None  # a folder, a GGUF file or a hub name; None: the one of the examples
+    batch: int = BATCH  # rows of feedback
+    quick: bool = False  # a tiny model of random weights in its place
 
 
 SCORES, POLICY, OTHERS = "loss part, forward", "policy, backbone forward", "reference and KL, backbone forward"
@@ -132,15 +152,13 @@ class FixedStates:
 
 
 @functools.cache
-def model_and_tokenizer(quick: bool):
+def model_and_tokenizer(name: str | None, quick: bool):
     from smollm2 import load_model
 
-    return load_model(tiny=quick)
+    return load_model(name, tiny=quick)
 
 
-def make_step(
-    variant: str, head: str, part: str, quick: bool, device: str = "cpu", parts: Parts | None = None
-) -> Callable[[], torch.Tensor]:
+def make_step(variant: str, part: str, setup: Setup, parts: Parts | None = None) -> Callable[[], torch.Tensor]:
     """One training step on the same batch every time."""
     import trl
     from datasets import Dataset
@@ -148,35 +166,36 @@ def make_step(
 
     from kto_kernels.integrations.trl import FusedKTOTrainer
 
-    model, tokenizer = model_and_tokenizer(quick)
+    model, tokenizer = model_and_tokenizer(setup.model, setup.quick)
+    rows = list(itertools.islice(itertools.cycle(load_feedback(SHIPPED)), 2 * setup.batch))
     peft_config = None
-    if head == LORA:
+    if setup.head == LORA:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = copy.deepcopy(model).to(device)
+    model = copy.deepcopy(model).to(setup.device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = (FusedKTOTrainer if variant == OURS else trl.KTOTrainer)(
             model,
-            ref_model=None if head == LORA else copy.deepcopy(model),
+            ref_model=None if setup.head == LORA else copy.deepcopy(model),
             args=trl.KTOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=BATCH,
+                per_device_train_batch_size=setup.batch,
                 learning_rate=1e-6,
                 report_to=[],
-                bf16=False,
+                bf16=setup.dtype == "bf16",
                 gradient_checkpointing=False,
-                use_cpu=device == "cpu",
+                use_cpu=setup.device == "cpu",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list(conversations(load_feedback(SHIPPED)[: 2 * BATCH])),
+            train_dataset=Dataset.from_list(conversations(rows)),
             processing_class=tokenizer,
             peft_config=peft_config,
         )
     trainer.current_gradient_accumulation_steps = 1  # set by train(), whose loop this does without
     batch = next(iter(trainer.get_train_dataloader()))
     if part == LOSS:
-        policy = trainer.model.get_base_model() if head == LORA else trainer.model
+        policy = trainer.model.get_base_model() if setup.head == LORA else trainer.model
         for scored in filter(None, (policy, trainer.ref_model)):
             scored.model.forward = FixedStates(scored.config.hidden_size)
     if parts is not None:
@@ -195,18 +214,26 @@ def make_step(
     return step
 
 
-def run(head: str, repeats: int, quick: bool, tick: Callable, device: str = "cpu") -> dict:
+def gated(losses: dict[str, float], exact: dict[str, float], setup: Setup) -> None:
+    """Stops the run where the trainers' losses are not alike: in fp32 (`exact`), or in the dtype of the run."""
+    true = exact[TRL]
+    alike = abs(exact[OURS] - true) <= AGREE * abs(true)
+    if not (alike and all(abs(loss - true) <= DIFFERS * abs(true) for loss in losses.values())):
+        raise SystemExit(f"gate: {setup.head}, {setup.dtype}: losses {losses}, in fp32 {exact}; nothing was timed")
+
+
+def run(setup: Setup, repeats: int, tick: Callable) -> dict:
     seconds, losses = {}, {}
-    parts = {variant: Parts(device) for variant in (TRL, OURS)}
+    parts = {variant: Parts(setup.device) for variant in (TRL, OURS)}
     taken: dict[str, list[dict]] = {variant: [] for variant in parts}
     for part in (STEP, LOSS):
         steps = {
-            variant: make_step(variant, head, part, quick, device, parts[variant] if part == STEP else None)
-            for variant in parts
+            variant: make_step(variant, part, setup, parts[variant] if part == STEP else None) for variant in parts
         }
-        losses = {variant: step().item() for variant, step in steps.items()}
-        if not abs(losses[OURS] - losses[TRL]) <= 1e-5 * abs(losses[TRL]):
-            raise SystemExit(f"gate: {head}, {part}: losses {losses}; nothing was timed")
+        exact = losses = {variant: step().item() for variant, step in steps.items()}
+        if setup.dtype != "fp32":
+            exact = {variant: make_step(variant, part, replace(setup, dtype="fp32"))().item() for variant in parts}
+        gated(losses, exact, setup)
 
         def before(variant: str, part=part) -> None:
             if part == STEP:  # what the last round left behind
@@ -216,7 +243,7 @@ def run(head: str, repeats: int, quick: bool, tick: Callable, device: str = "cpu
             variant: Timed(lambda variant=variant: before(variant), lambda _, step=step: step())
             for variant, step in steps.items()
         }
-        seconds[part] = interleaved(runs, repeats, clock_of(device), tick)
+        seconds[part] = interleaved(runs, repeats, clock_of(setup.device), tick)
         if part == STEP:
             for variant in parts:
                 before(variant)
@@ -225,20 +252,21 @@ def run(head: str, repeats: int, quick: bool, tick: Callable, device: str = "cpu
         rounds = rounds[-repeats:]  # without the gate's and the warm-up
         names = list(dict.fromkeys(name for one in rounds for name in one))
         of_parts[variant] = {name: quartiles([one.get(name, 0.0) for one in rounds]) for name in names}
-    case = {"head": head, "repeats": repeats, "loss": losses[OURS], "seconds": seconds, "parts": of_parts}
+    what = {"model": setup.model or MODEL, "B": setup.batch, "dtype": setup.dtype, "head": setup.head}
+    case = what | {"repeats": repeats, "loss": losses[OURS], "seconds": seconds, "parts": of_parts}
     return case | {"peak extra bytes": {}}
 
 
-def memory(variant: str, head: str, part: str, quick: bool, device: str = "cpu") -> int:
+def memory(variant: str, part: str, setup: Setup) -> int:
     """Peak bytes of one step above model, reference and optimizer; on the CPU in a fresh process."""
-    call = {"variant": variant, "head": head, "part": part, "quick": quick, "device": device}
-    return in_fresh_process("benchmarks.step", call) if device == "cpu" else _memory(**call)
+    call = {"variant": variant, "part": part, "setup": asdict(setup)}
+    return in_fresh_process("benchmarks.step", call) if setup.device == "cpu" else _memory(**call)
 
 
-def _memory(variant: str, head: str, part: str, quick: bool, device: str) -> int:
-    step = make_step(variant, head, part, quick, device)
+def _memory(variant: str, part: str, setup: dict) -> int:
+    step = make_step(variant, part, Setup(**setup))
     step()  # gradients of the parameters are there, as in every step but the first
-    return peak_extra_bytes(step, device)
+    return peak_extra_bytes(step, setup["device"])
 
 
 if __name__ == "__main__":

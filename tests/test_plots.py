@@ -131,7 +131,7 @@ def step_result(parts: bool = True) -> dict:
     for head, (whole, loss) in zip(("trained", "LoRA"), (((4.0, 3.2), (1.2, 0.4)), ((3.5, 2.9), (1.2, 0.3)))):
         names = (step.TRL, step.OURS)
         seconds = {step.STEP: dict(zip(names, map(around, whole))), step.LOSS: dict(zip(names, map(around, loss)))}
-        cases.append({"head": head, "repeats": 5, "seconds": seconds, "peak extra bytes": {}})
+        cases.append({"head": head, "dtype": "fp32", "repeats": 5, "seconds": seconds, "peak extra bytes": {}})
         if parts:
             cases[-1]["parts"] = {
                 name: {
