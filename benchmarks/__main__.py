@@ -246,16 +246,16 @@ def parser() -> argparse.ArgumentParser:
     add_dtype(command, tuple(DTYPES), ", ".join(ceilings.GEMM_DTYPES))
     command.add_argument("--size", type=int, help="edge of the square matrices (default: 2048 on a CPU, 8192 on a GPU)")
 
-    command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 4 min, GPU 1 min)")
+    command = add("logits", run_logits, "the loss from logits, N large and a sweep of N (CPU 2 min, GPU 1 min)")
     add_run(command, "logits")
     add_shapes(command, logits)
 
-    command = add("linear", run_linear, "the loss from hidden states, heads of real models (CPU 12 min, GPU 3 min)")
+    command = add("linear", run_linear, "the loss from hidden states, heads of real models (CPU 9 min, GPU 3 min)")
     add_run(command, "linear")
     add_shapes(command, linear)
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
 
-    command = add("memory", run_memory, "peak memory over N, V, H and the budget of ours (CPU 5 min, GPU 1 min)")
+    command = add("memory", run_memory, "peak memory over N, V, H and the budget of ours (CPU 4 min, GPU 1 min)")
     add_run(command, "memory")
     add_shapes(command, memory)
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient")

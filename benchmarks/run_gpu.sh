@@ -49,7 +49,7 @@ all=()
 measure 130 linear "$@" --shapes llama-3-8b qwen2.5-7b "${fast[@]}"
 measure 60 logits "$@" "${all[@]}"
 measure 110 longcontext "$@" "${fast[@]}"
-measure 60 step "$@"
+measure 80 step "$@"
 measure 60 memory "$@" "${fast[@]}"
 measure 15 ceilings "$@"
 [ ${#failed[@]} -eq 0 ] || echo "incomplete: ${failed[*]}" | tee -a "$out/run.log"

@@ -161,11 +161,12 @@ def model_and_tokenizer(name: str | None, quick: bool):
 def make_step(variant: str, part: str, setup: Setup, parts: Parts | None = None) -> Callable[[], torch.Tensor]:
     """One training step on the same batch every time."""
     import trl
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from feedback_data import SHIPPED, conversations, load_feedback
 
     from kto_kernels.integrations.trl import FusedKTOTrainer
 
+    disable_progress_bars()
     model, tokenizer = model_and_tokenizer(setup.model, setup.quick)
     rows = list(itertools.islice(itertools.cycle(load_feedback(SHIPPED)), 2 * setup.batch))
     peft_config = None
@@ -192,7 +193,9 @@ def make_step(variant: str, part: str, setup: Setup, parts: Parts | None = None)
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-    trainer.current_gradient_accumulation_steps = 1  # set by train(), whose loop this does without
+    # What train() does first, whose loop this does without.
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)
+    trainer.current_gradient_accumulation_steps = 1
     batch = next(iter(trainer.get_train_dataloader()))
     if part == LOSS:
         policy = trainer.model.get_base_model() if setup.head == LORA else trainer.model

@@ -168,15 +168,18 @@ def linear_steps(
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, as for any linear layer; else the one that holds both."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return autocast_dtype(hidden, torch.promote_types(hidden.dtype, weight.dtype))
+
+
+def autocast_dtype(hidden: Tensor, otherwise: torch.dtype) -> torch.dtype:
     device_type = hidden.device.type
     if (
         torch.amp.is_autocast_available(device_type)
         and torch.is_autocast_enabled(device_type)
-        and dtype != torch.float64
+        and otherwise != torch.float64
     ):
         return torch.get_autocast_dtype(device_type)
-    return dtype
+    return otherwise
 
 
 def linear_scores(

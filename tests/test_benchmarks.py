@@ -140,9 +140,22 @@ def test_a_step_whose_losses_differ_is_not_timed(found, monkeypatch):
         step.run(step.Setup(step.TRAINED, "bf16"), 1, lambda: None)
 
 
-def test_a_step_in_mixed_precision():
-    case = step.run(step.Setup(step.LORA, "bf16", quick=True, batch=2), 1, lambda: None)
+def test_a_step_in_mixed_precision(monkeypatch):
+    """Every product with the head is one of bf16 in it, the reference's too."""
+    dtypes = set()
+    mm = torch.mm
+
+    def watched(a, b, **out):
+        dtypes.add(a.dtype)
+        return mm(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    case = step.run(step.Setup(step.TRAINED, "bf16", quick=True, batch=2), 1, lambda: None)
     assert (case["dtype"], case["B"]) == ("bf16", 2) and case["seconds"][step.STEP][step.OURS]["median"] > 0
+    assert dtypes == {torch.float32, torch.bfloat16}  # the gate's in fp32
+    dtypes.clear()
+    step.make_step(step.OURS, step.STEP, step.Setup(step.TRAINED, "bf16", quick=True, batch=2))()
+    assert dtypes == {torch.bfloat16}
 
 
 def test_what_was_compiled_is_written_and_shown(tmp_path, monkeypatch, capsys):

@@ -117,6 +117,27 @@ def test_bf16(bf16_model, tokenizer, tmp_path):
             assert mine[name] == pytest.approx(theirs[name], rel=0.05, abs=0.05), name
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_log_probs_under_autocast(grad):
+    """In autocast's dtype, as TRL's and as the policy's loss: else the reference would be rounded otherwise."""
+    hidden, weight = torch.randn(40, 32), torch.randn(300, 32)
+    targets = torch.randint(300, (40,))
+
+    def scored(function, dtype=torch.float32):
+        leaves = [x.to(dtype).requires_grad_(grad) for x in (hidden, weight)]
+        logps = function.apply(*leaves, None, targets, 1.0, 128, None, 1.0, ())[0]
+        return [logps, *(torch.autograd.grad(logps.sum(), leaves) if grad else ())]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = scored(ours.ChunkedLogProbFunction), scored(trl.kernels.ChunkedLogProbFunction)
+    narrow, wide = (scored(ours.ChunkedLogProbFunction, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for x, y, z in zip(mine, narrow, wide):
+        torch.testing.assert_close(x.to(y.dtype), y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
+        assert x.dtype == torch.float32 and not torch.equal(x, z)
+    assert torch.equal(mine[0], narrow[0])
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-5)
+
+
 def lora(**options):
     peft = pytest.importorskip("peft")
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "lora_dropout": 0.0}
