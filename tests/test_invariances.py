@@ -5,6 +5,7 @@ GPU backends group sums by the rows' alignment, so that there another layout is 
 And what must change it exactly: scales of β, of the weights and of the temperature by powers of two.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -53,21 +54,29 @@ def results(p, place):
     return each.loss, each.logps, grad
 
 
+def slack(p, place):
+    """What one unit in the last place of every log-probability makes of a loss and its gradient, relative to them: of
+    λσ(−x) and its derivative a factor of e^δ at most, where x = β(r − z0) is off by δ."""
+    out, _ = ours(p, place[0])
+    sums = out.logps.abs() + out.ref_logps.abs()
+    return math.expm1(p.options["beta"] * torch.finfo(torch.float32).eps * sums.max().item())
+
+
 @places
 def test_order_and_split_of_a_batch(place):
     def check(p):
         p = p.to(torch.float32, place[1])
-        whole = results(p, place)
+        whole, allowed = results(p, place), slack(p, place)
         order = torch.randperm(len(p.labels), device=place[1])
         for mine, expected in zip(results(chosen(p, order), place), whole):
-            assert_same(place, mine, expected[order])
+            assert_same(place, mine, expected[order], allowed)
         half = len(p.labels) // 2
         parts = [
             results(chosen(p, torch.arange(*ends, device=place[1])), place)
             for ends in ((0, half), (half, len(p.labels)))
         ]
         for first, second, expected in zip(*parts, whole):
-            assert_same(place, torch.cat([first, second]), expected)
+            assert_same(place, torch.cat([first, second]), expected, allowed)
 
     explore(place, problems(), check, part=0.25)
 
@@ -80,7 +89,7 @@ def test_padding_and_packing(place):
         p = p.to(torch.float32, place[1])
         if p.options["shift"]:
             p.labels[:, 0] = -100  # scored by nobody, padded or not
-        *values, grad = results(p, place)
+        (*values, grad), allowed = results(p, place), slack(p, place)
         logits = {name: t for name, t in p.tensors.items() if t.dim() == 3}
         wider = replace(
             p,
@@ -98,9 +107,9 @@ def test_padding_and_packing(place):
             | {"cu_seqlens": torch.arange(batch + 1, device=place[1]) * tokens},
         )
         for mine, expected in zip(results(wider, place), [*values, pad(grad, (0, 0, 0, 3))]):
-            assert_same(place, mine, expected)
+            assert_same(place, mine, expected, allowed)
         for mine, expected in zip(results(packed, place), [*values, grad.flatten(0, 1)]):
-            assert_same(place, mine, expected)
+            assert_same(place, mine, expected, allowed)
 
     explore(place, problems(), check, part=0.25)
 
@@ -137,14 +146,16 @@ def test_scales_by_powers_of_two(place):
         scaled = replace(p, logits=4 * p.logits, tensors=hot, options=p.options | {"temperature": 4.0})
         hotter, hotter_grad = ours(scaled, place[0])
         assert_same(place, hotter.loss, out.loss)
-        # A quarter of a subnormal number loses digits.
+        # Subnormal numbers have fewer digits: a quarter of one, or eight times one, is not exact.
         subnormal = grad.abs() < 16 * torch.finfo(torch.float32).tiny
-        assert_same(place, (4 * hotter_grad).masked_fill(subnormal, 0.0), grad.masked_fill(subnormal, 0.0))
+        grad, hotter_grad = (g.masked_fill(subnormal, 0.0) for g in (grad, hotter_grad))
+        assert_same(place, 4 * hotter_grad, grad)
         weights = {"desirable_weight": 8.0, "undesirable_weight": 8.0}
         heavy, heavy_grad = ours(replace(p, options=p.options | weights), place[0])
-        assert torch.equal(heavy.loss, 8 * out.loss) and torch.equal(heavy_grad, 8 * grad)
+        assert torch.equal(heavy.loss, 8 * out.loss)
+        assert torch.equal(heavy_grad.masked_fill(subnormal, 0.0), 8 * grad)
         narrow, _ = ours(p.to(torch.bfloat16, place[1]), place[0])
-        assert_same(place, narrow.loss, out.loss)
+        assert_same(place, narrow.loss, out.loss, slack(p, place))
         logps = {"ref_logps": out.ref_logps, "kl": 0.5}
         once = kto_loss_from_logps(out.logps, p.desirable, beta=0.25, **logps).loss
         twice = {name: 2 * value for name, value in logps.items()}
