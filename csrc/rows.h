@@ -105,12 +105,13 @@ struct Gradient {
   const float* coefficients;  // (B,) or null
 };
 
-KTO_HD float gradient_of(const Gradient& gradient, const Rows& rows, int64_t n) {
+// In double, so that the product is rounded with the row's other factor, once.
+KTO_HD double gradient_of(const Gradient& gradient, const Rows& rows, int64_t n) {
   if (gradient.coefficients == nullptr) return gradient.grad[n * gradient.grad_stride];
   const int64_t i = sequence_of(rows, n);
   const float slope = gradient.coefficients[i];
   // A saturated sequence has gradient 0 whatever arrives from above.
-  return slope == 0 ? 0.0f : slope * gradient.grad[i * gradient.grad_stride];
+  return slope == 0 ? 0.0 : double(slope) * gradient.grad[i * gradient.grad_stride];
 }
 
 }  // namespace kto

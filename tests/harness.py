@@ -237,15 +237,16 @@ def assert_as_accurate(
     name: str, mine: Tensor, plain_result: Tensor, exact: Tensor, unit: float, largest: float | None = None
 ) -> None:
     """|mine − exact| ≤ 1.5 |plain − exact| + one unit in the last place of the `largest` value that went into it (by
-    default, of the exact result)."""
+    default, of the exact result) and of the smallest one that its dtype holds."""
     assert mine.shape == exact.shape, name
+    smallest = torch.finfo(mine.dtype).smallest_normal * torch.finfo(mine.dtype).eps
     assert torch.isfinite(mine).all(), name
     if exact.numel() == 0:
         return
     mine, plain_result, exact = mine.double().cpu(), plain_result.double().cpu(), exact.double().cpu()
     error = (mine - exact).abs().max().item()
     largest = exact.abs().max().item() if largest is None else largest
-    allowed = 1.5 * (plain_result - exact).abs().max().item() + unit * largest
+    allowed = 1.5 * (plain_result - exact).abs().max().item() + unit * largest + smallest
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 

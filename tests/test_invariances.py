@@ -155,7 +155,9 @@ def test_scales_by_powers_of_two(place):
         assert torch.equal(heavy.loss, 8 * out.loss)
         assert torch.equal(heavy_grad.masked_fill(subnormal, 0.0), 8 * grad)
         narrow, _ = ours(p.to(torch.bfloat16, place[1]), place[0])
-        assert_same(place, narrow.loss, out.loss, slack(p, place))
+        # Exactly the same numbers, but the kernels' vectors take more of the narrow ones at once: other sums.
+        rounding = 4 * torch.finfo(torch.float32).eps + slack(p, place)
+        torch.testing.assert_close(narrow.loss, out.loss, rtol=rounding, atol=0)
         logps = {"ref_logps": out.ref_logps, "kl": 0.5}
         once = kto_loss_from_logps(out.logps, p.desirable, beta=0.25, **logps).loss
         twice = {name: 2 * value for name, value in logps.items()}

@@ -23,7 +23,7 @@ from cases import (
 )
 from harness import DEFAULTS, assert_as_accurate, exact_token_logps, places, plain, sequence_sums, upstream
 from hypothesis import strategies as st
-from linear_harness import check_linear, largest_terms
+from linear_harness import check_linear, largest_terms, linear_in_chunks
 from torch.nn.functional import linear
 
 from kto_kernels import (
@@ -129,7 +129,7 @@ def test_kto_loss(place, poisoned_memory):
 @places
 def test_linear_kto_loss(place, poisoned_memory):
     def check(case):
-        check_linear(case.make(), place, case.dtype, case.trained, cancelling=True)
+        check_linear(case.make(), place, case.dtype, case.trained, cancelling=True, chunk_rows=case.chunk_rows)
 
     explore(place, linear_cases(place), check, part=0.5)
 
@@ -162,7 +162,9 @@ def test_linear_token_logps(place, poisoned_memory):
             )  # fmt: skip
 
         def through_logits(given):
-            return reference.token_logps(linear(*given), target, options.get("ignore_index", -100), **scale)
+            hidden, weight, *bias = given
+            logits = linear_in_chunks(hidden, weight, *(bias or [None]), case.chunk_rows)
+            return reference.token_logps(logits, target, options.get("ignore_index", -100), **scale)
 
         mine, rounded = results(case.dtype, ours), results(case.dtype, through_logits)
         exact = results(torch.float64, through_logits)

@@ -12,9 +12,9 @@ constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
 // Sums stay in fp32 lanes for this many logits, then join an fp64 total.
 constexpr int64_t kBlock = 64 * kStep;
-// The running reference follows the maximum only once it lags by this much: e^8 does not overflow,
-// and rescaling stays rare.
-constexpr float kLag = 8.0f;
+// The running reference follows the maximum only once it lags by this much, so that rescaling stays
+// rare. Little, as a gap above the reference is rounded: by 2^-24 at most up to 2, by 2^-22 up to 8.
+constexpr float kLag = 2.0f;
 
 template <bool kSoftcap>
 inline Floats unit(Floats x, const Scale& scale) {
@@ -159,9 +159,9 @@ void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_
 
 // out[v] = d/dx_v of the label's log-probability, times g: -g p_v, and g (1 - p_y) at the label.
 template <class T, bool kSoftcap>
-void backward_row(const T* x, T* out, int64_t vocab, int64_t label, float g, float logp,
+void backward_row(const T* x, T* out, int64_t vocab, int64_t label, double g, float logp,
                   float reference, float sum, const Scale& scale) {
-  const double slope = double(g) * scale.slope;
+  const double slope = g * scale.slope;
   const double y = label < 0 ? 0 : unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
   const float factor = float(sum == 0 ? -slope : -slope / sum);
   const float origin = reference == -INFINITY ? 0.0f : reference;
@@ -196,7 +196,7 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
               const RowStatistics& statistics, const Output& output, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
-    const float g = label == kIgnored ? 0.0f : gradient_of(gradient, rows, n);
+    const double g = label == kIgnored ? 0.0 : gradient_of(gradient, rows, n);
     const int64_t offset =
         rows.tokens == 0 ? n * output.stride_t
                          : n / rows.tokens * output.stride_b + n % rows.tokens * output.stride_t;
@@ -223,7 +223,7 @@ void score(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* 
     if (out.mean_logits != nullptr) out.mean_logits[n] = scores.mean_logits;
     if (out.is_top1 != nullptr) out.is_top1[n] = scores.is_top1;
     if (gradient != nullptr)
-      backward_row<T, kSoftcap>(x, static_cast<T*>(gradient) + offset, rows.vocab, label, 1.0f,
+      backward_row<T, kSoftcap>(x, static_cast<T*>(gradient) + offset, rows.vocab, label, 1.0,
                                 scores.logp, scores.reference, scores.sum, scale);
   }
 }

@@ -492,7 +492,7 @@ KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
   const int64_t n = block.index() / unsigned(arguments.splits);
   const int split = int(block.index() % unsigned(arguments.splits));
   const int64_t label = label_of(rows, n);
-  const float g = label == kIgnored ? 0.0f : gradient_of(arguments.gradient, rows, n);
+  const float g = label == kIgnored ? 0.0f : float(gradient_of(arguments.gradient, rows, n));
   Element* out = static_cast<Element*>(arguments.out) +
                  (rows.tokens == 0 ? n * arguments.out_stride_t
                                    : n / rows.tokens * arguments.out_stride_b +
