@@ -13,8 +13,8 @@ test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
 	$(BIN)/python -m pytest -q -m alone
 
-fuzz: $(VENV)/test.stamp  ## the property tests on thousands of new cases
-	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly tests/test_properties.py tests/test_invariances.py tests/test_plan.py
+fuzz: $(VENV)/test.stamp  ## the property tests on thousands of new cases, or with SEED=number on always the same
+	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py tests/test_invariances.py tests/test_plan.py
 
 test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

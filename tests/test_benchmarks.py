@@ -127,17 +127,28 @@ def test_results_of_a_training_step(dry_run):
     assert len(rows) == 2 and len(head) == 2 + 6 + 2
 
 
-@pytest.mark.parametrize("found", [{step.TRL: 0.50, step.OURS: 0.52}, {step.TRL: 0.52, step.OURS: 0.50}])
-def test_a_step_whose_losses_differ_is_not_timed(found, monkeypatch):
-    """Of mixed precision: in fp32 both agree."""
-    monkeypatch.setattr(
-        step,
-        "make_step",
-        lambda variant, _, setup, *__: lambda: torch.tensor(0.5 if setup.dtype == "fp32" else found[variant]),
-    )
+@pytest.mark.parametrize(
+    "dtype, apart, mine", [("fp32", True, 0.50001), ("fp32", False, 0.50001), ("bf16", False, 0.51)]
+)
+def test_a_step_whose_losses_differ_is_not_timed(dtype, apart, mine, monkeypatch):
+    """Those of the gate, whose reference is apart, or those of the run."""
+
+    def make_step(variant, part, setup, *_):
+        differs = variant == step.OURS and (setup.dtype, setup.apart) == (dtype, apart)
+        return lambda: torch.tensor(mine if differs else 0.5)
+
+    monkeypatch.setattr(step, "make_step", make_step)
     monkeypatch.setattr(step, "interleaved", lambda *_: pytest.fail("timed in spite of the gate"))
-    with pytest.raises(SystemExit, match="gate: trained, bf16: losses"):
-        step.run(step.Setup(step.TRAINED, "bf16"), 1, lambda: None)
+    with pytest.raises(SystemExit, match=f"gate: trained, {dtype}: losses"):
+        step.run(step.Setup(step.TRAINED, dtype), 1, lambda: None)
+
+
+def test_the_reference_of_the_gate_is_another():
+    near, apart = (
+        step.make_step(step.OURS, step.LOSS, step.Setup(step.TRAINED, quick=True, apart=apart))().item()
+        for apart in (False, True)
+    )
+    assert near == pytest.approx(0.5, abs=1e-6) and abs(apart - 0.5) > 1e-4
 
 
 def test_a_step_in_mixed_precision(monkeypatch):
