@@ -50,10 +50,13 @@ def outer(logit_scale: float, softcap: float | None, temperature: float) -> floa
     return (logit_scale if softcap is None else softcap) / temperature
 
 
-def slope(z: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | float:
-    """`dz/dx`."""
+def slope(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor | float:
+    """`dz/dx`. Under a softcap from its tanh, not from z, whose division by the temperature rounds it once more: near
+    ±1 that is all that is left."""
     straight = logit_scale / temperature
-    return straight if softcap is None else straight * (1 - (z * temperature / softcap) ** 2)
+    if softcap is None:
+        return straight
+    return straight * (1 - torch.tanh(logits.to(compute_dtype(logits.dtype)) * logit_scale / softcap) ** 2)
 
 
 # Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +128,7 @@ def token_logps_grad(
     here = (target != ignore_index) & (target >= 0)
     direction = -p
     direction.scatter_add_(-1, target.where(here, 0).long().unsqueeze(-1), here.to(p.dtype).unsqueeze(-1))
-    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, *scale)
+    out = grad.to(z.dtype).unsqueeze(-1) * direction * slope(logits, *scale)
     return out.masked_fill(silent.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
@@ -165,7 +168,7 @@ def entropy_grad(
     log_p = z.log_softmax(-1)
     weighted = torch.where(z == -torch.inf, 0.0, log_p.exp() * log_p)
     direction = weighted.sum(-1, keepdim=True) * log_p.exp() - weighted
-    return grad.to(z.dtype).unsqueeze(-1) * direction * slope(z, logit_scale, softcap, temperature)
+    return grad.to(z.dtype).unsqueeze(-1) * direction * slope(logits, logit_scale, softcap, temperature)
 
 
 # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
