@@ -113,18 +113,22 @@ def test_results_of_memory(dry_run):
 @pytest.mark.alone
 def test_results_of_a_training_step(dry_run):
     """A tiny model: every figure is there, the parts are those of the step; its times say nothing."""
-    (case,) = dry_run["step"]["cases"]
-    assert set(case["seconds"]) == {step.STEP, step.LOSS} and set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
-    for variant, parts in case["parts"].items():
-        assert set(parts) == {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}
-        whole = case["seconds"][step.STEP][variant]["median"]
-        # Of two rounds the medians are means: what is in no part is what the trainer does around them.
-        assert 0.7 * whole < sum(part["median"] for part in parts.values()) <= 1.001 * whole
-    head, theirs, mine = report.step_table([case])
+    cases = dry_run["step"]["cases"]
+    assert [case["dtype"] for case in cases] == ["fp32", "bf16"]
+    names = {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}
+    for case in cases:
+        assert set(case["seconds"]) == {step.STEP, step.LOSS}
+        assert set(case["seconds"][step.LOSS]) == {step.TRL, step.OURS}
+        for variant, parts in case["parts"].items():
+            assert set(parts) == names
+            whole = case["seconds"][step.STEP][variant]["median"]
+            # Of two rounds the medians are means: what is in no part is what the trainer does around them.
+            assert 0.7 * whole < sum(part["median"] for part in parts.values()) <= 1.001 * whole
+    (title, (head, theirs, mine)), (_, (parts_head, *rows)), *of_bf16 = report.step_tables(dry_run["step"])
+    assert "fp32" in title and "bf16" in of_bf16[0][0] and len(of_bf16) == 2
     assert theirs[:2] == [step.TRL, step.LORA] and mine[0] == step.OURS
     assert theirs[head.index("/ TRL's")] == "1.00×" and mine[-1].endswith(" MiB")
-    head, *rows = report.step_parts_table([case])
-    assert len(rows) == 2 and len(head) == 2 + 6 + 2
+    assert len(rows) == 2 and len(parts_head) == 2 + 6 + 2
 
 
 @pytest.mark.parametrize(
