@@ -13,7 +13,8 @@ constexpr int64_t kStep = kUnroll * kLanes;
 // Sums stay in fp32 lanes for this many logits, then join an fp64 total.
 constexpr int64_t kBlock = 64 * kStep;
 // The running reference follows the maximum only once it lags by this much, so that rescaling stays
-// rare. Little, as a gap above the reference is rounded: by 2^-24 at most up to 2, by 2^-22 up to 8.
+// rare. Little, as a gap above the reference is rounded: by 2^-24 at most up to 2, by 2^-22 up
+// to 8.
 constexpr float kLag = 2.0f;
 
 template <bool kSoftcap>
