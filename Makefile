@@ -7,11 +7,14 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test fuzz test-sdist test-versions test-gpu sanitize demo bench report lint clean
+.PHONY: test faults fuzz test-sdist test-versions test-gpu sanitize demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
 	$(BIN)/python -m pytest -q -m alone
+
+faults: $(VENV)/test.stamp  ## the faults that users found, numbered as in docs/trust.md: one test each, and how many pass
+	$(BIN)/python -m pytest -q -n 2 -m fault
 
 fuzz: $(VENV)/test.stamp  ## the property tests on thousands of new cases, or with SEED=number on always the same
 	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py tests/test_invariances.py tests/test_plan.py

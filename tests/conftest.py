@@ -21,15 +21,37 @@ with contextlib.suppress(ImportError):
     settings.register_profile("nightly", settings.get_profile("test"), derandomize=False, max_examples=1000)
     settings.load_profile("test")
 
+# How many faults docs/trust.md numbers.
+FAULTS = 20
+
 # Beside other test processes one thread each; the tests of threading ask for theirs.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for marker in item.iter_markers("fault"):  # a property of the report, so that it comes back from other processes
+            item.user_properties += [("fault", number) for number in marker.args]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Where the tests of faults were asked for (`make faults`): how many faults have a test that passed, and none that
+    failed."""
+    if config.option.markexpr != "fault":
+        return
+    outcomes = {number: set() for number in range(1, FAULTS + 1)}
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            for name, number in report.user_properties:
+                if name == "fault":
+                    outcomes[number].add(outcome)
+    mended = [number for number, seen in outcomes.items() if seen == {"passed"}]
+    terminalreporter.write_sep("=", "faults of docs/trust.md")
+    for number in sorted(outcomes.keys() - set(mended)):
+        terminalreporter.write_line(f"fault {number}: {', '.join(sorted(outcomes[number])) or 'no test ran'}")
+    terminalreporter.write_line(f"{len(mended)}/{FAULTS}")
 
 
 @pytest.fixture(autouse=True)
