@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        for marker in item.iter_markers("fault"):  # a property of the report, so that it comes back from other processes
+        # A property of the report, so that it comes back from the processes of pytest-xdist.
+        for marker in item.iter_markers("fault"):
             item.user_properties += [("fault", number) for number in marker.args]
 
 

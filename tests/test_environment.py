@@ -38,7 +38,7 @@ print(f"{loss.item():.6f} {weight.grad.abs().sum().item():.4f}")
 """
 
 
-def run(code: str, timeout: int = 120, **environment: str) -> str:
+def run(code: str, timeout: int = 300, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,

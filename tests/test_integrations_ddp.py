@@ -24,7 +24,7 @@ from trl_harness import MODELS, assert_same_training, make_tokenizer, rows, trai
 
 from kto_kernels.integrations.trl import FusedKTOTrainer
 
-SECONDS = 120  # without a result: the processes wait for each other
+SECONDS = 300  # without a result: the processes wait for each other
 
 METRICS_RTOL = 1e-4  # with beta=3 the rewards have three times the rounding of the log-probabilities
 
