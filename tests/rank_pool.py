@@ -13,10 +13,12 @@ import contextlib
 import datetime
 import functools
 import multiprocessing
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import pytest
@@ -39,6 +41,22 @@ class Failed(AssertionError):
     """What a rank raised."""
 
 
+def leave() -> NoReturn:
+    """The end of every process that took part in a group: it has succeeded, and Python is not finalised in it.
+
+    A thread of PyTorch's gloo group (`pt_gloo_runloop`) lets go of a collective's tensors after the caller has gone on,
+    and takes the GIL to do so. Where Python (before 3.14) is being finalised meanwhile, this ends in `pthread_exit`,
+    which unwinds a destructor of C++: "terminate called without an active exception", SIGABRT, in a process that had
+    done all its work (https://github.com/pytorch/pytorch/issues/190489). `destroy_process_group` joins the threads only
+    where nothing else holds the group. A model under DDP, a mesh and the caches of DTensor hold it to the end.
+    """
+    dist.barrier()  # no process leaves while another still talks to it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _work(rank: int, file: str, connection) -> None:
     torch.set_num_threads(1)
     if NCCL:
@@ -53,7 +71,7 @@ def _work(rank: int, file: str, connection) -> None:
             connection.send((True, function(rank, *arguments) if rank < ranks else None))
         except BaseException:
             connection.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+    leave()
 
 
 class Pool:

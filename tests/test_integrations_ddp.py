@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 import accelerate
 import trl
 from accelerate.state import AcceleratorState, DistributedType
+from rank_pool import leave
 from trl_harness import MODELS, assert_same_training, make_tokenizer, rows, train
 
 from kto_kernels.integrations.trl import FusedKTOTrainer
@@ -118,9 +119,7 @@ def process(rank: int, port: int, folder: Path):
         with fsdp_on_a_cpu():
             result = run(FusedKTOTrainer, case, folder, ddp_backend="gloo", fsdp=True, fsdp_config=config)
         torch.save(result, folder / f"{case} {how} {rank}")
-    # Neither leaves while the other still talks to it.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
