@@ -27,6 +27,7 @@ def report() -> str:
     ]
     if cpu.instruction_sets():
         lines[-1] += f"; instruction sets {', '.join(cpu.instruction_sets())}, in use {cpu.instruction_set()}"
+        lines.append(f"cpu: the C++ kernels run on {cpu.thread_team()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

@@ -15,6 +15,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &kto::instruction_sets);
   m.def("instruction_set", [] { return std::string(kto::kernels().name); });
 
+  m.def("find_openmp", &kto::find_openmp, py::arg("torch_library"));
+
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes) { kto::advise_huge_pages(pointer<void>(data), bytes); },

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -39,15 +40,17 @@ bool forked = false;
 [[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+// The entry point of torch's OpenMP runtime, once find_openmp has found it. It is the stable one
+// that GCC's, LLVM's and Intel's runtimes all export.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+OpenMP openmp = nullptr;
+
 // Runs work(argument) on `workers` threads at once, this one among them.
 //
-// torch's own OpenMP team does it where it can be found in the process: its idle threads spin for
-// milliseconds after every torch operation, so a team of ours would share the cores with them.
-// (GOMP_parallel is the stable entry point that GCC's, LLVM's and Intel's runtimes all export.)
+// torch's own OpenMP team does it where there is one: its idle threads spin for milliseconds after
+// every torch operation, so a team of ours would share the cores with them.
 void run_team(int workers, void (*work)(void*), void* argument) {
 #ifndef _WIN32
-  using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  static const auto openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   if (openmp != nullptr && !forked) return openmp(work, argument, unsigned(workers), 0);
 #endif
   std::vector<std::thread> team;
@@ -109,6 +112,28 @@ const Kernels& kernels() {
                               ": this machine and build have " + names);
 }
 
+std::string find_openmp([[maybe_unused]] const std::string& torch_library) {
+#ifndef _WIN32
+  constexpr const char* kEntry = "GOMP_parallel";
+  void* entry = nullptr;
+#ifndef __APPLE__
+  // As the loader resolves torch's own calls: a preloaded or globally visible runtime comes first.
+  // (macOS binds a call to one library, and its RTLD_DEFAULT is every library in the process.)
+  entry = dlsym(RTLD_DEFAULT, kEntry);
+#endif
+  if (entry == nullptr) {
+    // Then the libraries that torch itself was loaded with. Other packages may have brought
+    // runtimes of their own into the process, whose names say nothing about who uses them.
+    if (void* handle = dlopen(torch_library.c_str(), RTLD_LAZY | RTLD_NOLOAD))
+      entry = dlsym(handle, kEntry);
+  }
+  openmp = reinterpret_cast<OpenMP>(entry);
+  Dl_info info;
+  if (entry != nullptr) return dladdr(entry, &info) ? info.dli_fname : "an unnamed library";
+#endif
+  return "";
+}
+
 void token_logps_forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int threads) {
   const Kernels& table = kernels();
   parallel_rows(rows.n_rows, bytes_per_row(rows), threads,
@@ -133,9 +158,9 @@ void score_chunk(const Rows& rows, const Scale& scale, const ScoreOutputs& out, 
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (uintptr_t(data) + bytes) / kPage * kPage;
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));  // 4, 16 or 64 KB on ARM
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(data) + bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

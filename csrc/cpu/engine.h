@@ -14,6 +14,11 @@ std::vector<std::string> instruction_sets();
 // best.
 const Kernels& kernels();
 
+// Finds the OpenMP runtime that `torch_library`, loaded already, computes with. Its threads do the
+// work from then on, and its file is returned; empty where there is none: every call then starts
+// threads of its own. To be called once, before any other function here runs.
+std::string find_openmp(const std::string& torch_library);
+
 void token_logps_forward(const Rows&, const Scale&, const RowOutputs&, int threads);
 void logits_backward(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
                      const Output&, int threads);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ..rows import OUTPUTS, ChunkScores, Rows, Scale, StageResult, strides
@@ -13,6 +15,22 @@ try:
     from .. import _cpu
 except ImportError as error:
     _cpu, _import_error = None, str(error)
+
+logger = logging.getLogger("kto_kernels")
+
+# The file of torch's OpenMP runtime, whose threads do the work; empty where there is none.
+_openmp = "" if _cpu is None else _cpu.find_openmp(torch._C.__file__)
+
+
+def thread_team() -> str:
+    """Whose threads the C++ kernels run on."""
+    if _openmp:
+        return f"the threads of PyTorch's OpenMP runtime, {_openmp}"
+    return "threads of their own, started at every call: PyTorch has no OpenMP runtime in this process"
+
+
+if _cpu is not None:
+    logger.log(logging.INFO if _openmp else logging.WARNING, "the C++ kernels run on %s", thread_team())
 
 # A buffer from here on is always fresh from the system (glibc maps it), so that the advice touches no other data.
 _HUGE = 1 << 25
