@@ -162,6 +162,84 @@ def test_every_entry_point_on_many_python_threads():
     assert not wrong
 
 
+@pytest.mark.fault(13)
+def test_a_rank_ends_without_finalising_python(tmp_path):
+    """`rank_pool.leave` says why. Here are the ingredients of the abort: something holds the group beyond its
+    destruction, as a model under DDP does, the group's threads hardly get a core, and the main thread keeps the GIL.
+    Of processes that end in the ordinary way a third aborts; whether Python is finalised, the last line tells."""
+    code = """
+import atexit, os, sys, torch, torch.distributed as dist
+from rank_pool import leave
+atexit.register(print, "Python is finalised")
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+sys.setswitchinterval(10)
+held = dist.group.WORLD
+for thread in os.listdir("/proc/self/task") if sys.platform == "linux" else ():
+    with open(f"/proc/self/task/{thread}/comm") as name:
+        if "gloo" in name.read():
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+dist.all_reduce(torch.ones(4))
+print("done")
+leave()
+"""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        output, errors = rank.communicate(timeout=120)
+        assert (rank.returncode, output) == (0, "done\n"), errors
+
+
+# Whose threads compute: torch's, wherever the loader has put them. On x86_64 the runtime is visible to the whole
+# process, on aarch64 to torch alone; to load everything so makes the one like the other.
+ALONE = """
+import ctypes
+load = ctypes.CDLL
+ctypes.CDLL = lambda name, *_, **__: load(name)
+"""
+TEAM = """
+import ctypes, os, torch
+from kto_kernels import token_logps
+from kto_kernels.backends import cpu
+torch.set_num_threads(3)
+threads = len(os.listdir("/proc/self/task"))
+token_logps(torch.empty(64, 9001).zero_(), torch.zeros(64, dtype=torch.int64))
+print(hasattr(ctypes.pythonapi, "GOMP_parallel"), len(os.listdir("/proc/self/task")) - threads, cpu.thread_team())
+"""
+
+
+@pytest.mark.fault(15)
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and at the loader of Linux")
+@pytest.mark.parametrize("where", ["visible to all", "visible to torch"])
+def test_torchs_own_threads_compute(where):
+    """A team of torch's outlives the call, and threads of our own do not: two more than before on three threads."""
+    visible, more, team = run((ALONE if where == "visible to torch" else "") + TEAM).split(maxsplit=2)
+    assert (visible, more) == (str(where == "visible to all"), "2")
+    assert "PyTorch's OpenMP runtime" in team and "omp" in os.path.basename(team)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the loader of Linux")
+def test_threads_of_our_own_where_torch_has_none():
+    """A warning says so, once, and the report."""
+    code = """
+import torch
+torch._C.__file__ = "/nowhere"
+from kto_kernels.backends import cpu
+print(cpu.thread_team())
+"""
+    done = subprocess.run([sys.executable, "-c", ALONE + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("threads of their own")
+    assert done.stderr.count("the C++ kernels run on threads of their own") == 1
+
+
 # Defaults and modes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 HERE = {"device": "cpu", "dtype": torch.float32}

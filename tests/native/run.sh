@@ -1,11 +1,13 @@
 #!/bin/bash
-# The native code under sanitizers. Usage: tests/native/run.sh [address|thread|python|fuzz]..., the first three by
-# default.
+# The native code under sanitizers, and on another processor. Usage: tests/native/run.sh
+# [address|thread|python|aarch64|fuzz]..., the first four by default.
 #   address  COUNT random problems through every C++ entry point, and as many through the CUDA kernels' emulation,
 #            under AddressSanitizer and UndefinedBehaviorSanitizer
 #   thread   under ThreadSanitizer: callers and threads of the CPU engine, and the CUDA kernels with a host thread for
 #            each thread of a block; RACES problems each
 #   python   the native tests of the suite, in a package built as for `address`
+#   aarch64  cross-compiled and emulated: a few problems, and the look-up of the OpenMP runtime. Skipped, with a word,
+#            without aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)
 #   fuzz     as `address`, guided by coverage: libFuzzer, MINUTES for each program; CXX must be a Clang
 # A planted defect comes first: it must be found. SEED is that of the first problem; PYTHON and CXX choose the
 # interpreter and the compiler. The tree's own extensions stay as they are.
@@ -15,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 export CXX=${CXX:-c++}
 export KTO_KERNELS_WERROR=1 KTO_KERNELS_CUDA=0 KTO_KERNELS_CUDA_EMULATION=1
 export ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 TSAN_OPTIONS=halt_on_error=1
-[ $# -gt 0 ] || set -- address thread python
+[ $# -gt 0 ] || set -- address thread python aarch64
 native=tests/native
 
 # build SANITIZERS: the package in build/sanitized-FIRST, and the objects of its extensions.
@@ -32,7 +34,7 @@ build() {
 program() {
     local name=$1 sanitizers=$2
     shift 2
-    $CXX -std=c++20 -g -O1 -Wall -Wextra -Werror -pthread -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" \
+    $CXX -std=c++20 -g -O1 -Wall -Wextra -Werror -pthread ${sanitizers:+-fsanitize="$sanitizers" -fno-sanitize-recover=all} "$@" \
         -ldl -o "$objects/$name"
 }
 
@@ -79,6 +81,29 @@ assert all("/sanitized-address/" in module.__file__ for module in (c, e))'
             --deselect tests/test_cuda.py::test_no_kernel_spills_or_uses_local_memory \
             --deselect tests/test_cuda.py::test_bf16_kernels_move_vectors_of_16_bytes \
             tests/test_{cpu,cuda,chunk,kto_loss,layouts,numerics,scale}.py
+        ;;
+    aarch64)
+        cross=aarch64-linux-gnu-g++
+        if ! { command -v $cross && command -v qemu-aarch64; } > /dev/null; then
+            echo "skipped: no $cross or no qemu-aarch64"
+            continue
+        fi
+        objects=build/aarch64
+        mkdir -p $objects
+        for source in engine stages kernels; do
+            $cross -std=c++20 -O1 -Wall -Wextra -Werror -pthread -DKTO_ISA=baseline -DKTO_VECTOR_BYTES=16 \
+                -c csrc/cpu/$source.cpp -o $objects/$source.o
+        done
+        CXX=$cross program fuzz_cpu "" $native/fuzz_cpu.cpp $native/main.cpp $objects/{engine,stages,kernels}.o
+        $cross -shared -fPIC -fopenmp -x c++ -o $objects/libtorch_alone.so - <<< '
+            void torch_alone(double* x) {
+            #pragma omp parallel for
+                for (int i = 0; i < 8; ++i) x[i] = i;
+            }'
+        CXX=$cross program team "" $native/team.cpp $objects/{stages,kernels}.o
+        emulated=(qemu-aarch64 -L /usr/aarch64-linux-gnu)
+        "${emulated[@]}" $objects/team "$PWD/$objects/libtorch_alone.so"
+        "${emulated[@]}" $objects/fuzz_cpu 300 "${SEED:-1}"
         ;;
     fuzz)
         build fuzzer-no-link,address,undefined
