@@ -312,10 +312,12 @@ def linear_kto_loss(
     Args:
         hidden: (B, T, H), or packed (N, H) with `cu_seqlens`: the inputs of the head; bf16, fp16, fp32 (fp64: backend
             "torch"), any strides: `hidden[:, :-1]` costs no copy.
-        weight, bias: the head, (V, H) and (V,). Where their dtype is not that of `hidden`, both are raised to the wider
-            one for the GEMMs; under autocast both take its dtype. dW is summed in fp32.
+        weight, bias: the head, (V, H) and (V,), of any of these dtypes. The GEMMs of every side, policy, reference and
+            KL, run in one dtype: autocast's where it is on (and `hidden` is not fp64), else that of `hidden`. A head of
+            another dtype is cast to it, which takes a copy of it while a side is scored. dW is summed in fp32 and has the
+            dtype of `weight`.
         labels, desirable, ignore_index, shift, cu_seqlens: as for `kto_loss`.
-        ref_hidden: the frozen reference's hidden states for the same labels, with
+        ref_hidden: the frozen reference's hidden states for the same labels, of any of these dtypes, with
         ref_weight, ref_bias: its head, of the same vocabulary; the policy's own tensors, where they share it; or
         ref_logps: its sequence log-probabilities (B,), computed once. Neither: reference-free, `S^ref = 0`.
         kl: the KL estimate, one number or 0-d tensor (negative values count as 0); or
@@ -440,7 +442,8 @@ def linear_kto_loss(
         more = {"long_sequences": long_sequences, "scored": sides}
         steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes, **more)
 
-    layout = {"sequences": count, "mismatched": kl_count, "dtype": gemm_dtype(hidden, weight)}
+    dtype = gemm_dtype(hidden)
+    layout = {"sequences": count, "mismatched": kl_count, "dtype": dtype}
     offsets = (cu_seqlens, kl_cu_seqlens)
     shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, *offsets, steps, **layout)
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
@@ -449,7 +452,7 @@ def linear_kto_loss(
 
     def scores(hidden, weight, bias, labels, cu_seqlens, outputs=(), prefix: str = "") -> tuple[Tensor, ...]:
         return linear_scores(
-            hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix, shard=shard
+            hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix, dtype, shard
         )
 
     def sums(token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -470,7 +473,6 @@ def linear_kto_loss(
         ranks,
     )
 
-    dtype = gemm_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     trains = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     loss = None

@@ -81,10 +81,11 @@ def linear_token_logps(
     2G for any loss on top, one GEMM unit being `G = 2·N·H·V` FLOPs over the N scored tokens. A trained head (`weight`
     or `bias` requires grad) has its logits computed again in the backward: 4G. Without gradients: 1G.
 
-    Args: as for `linear_kto_loss`; (N, H) hidden states are one sequence.
+    Args: as for `linear_kto_loss`; (N, H) hidden states are one sequence. The GEMMs run in autocast's dtype where it is
+        on, else in that of `hidden`: a loss that compares two models gives the hidden states of both in one dtype.
 
     Returns:
-        Labels-shaped, fp32 (fp64 for fp64); 0 at ignored positions, and with `shift` at the last one.
+        Labels-shaped, fp32 (fp64 for fp64 `hidden`); 0 at ignored positions, and with `shift` at the last one.
 
     Raises: as `linear_kto_loss`.
     """
@@ -104,7 +105,7 @@ def linear_token_logps(
         checks.head(hidden, weight, bias, sharded=ranks.vocab is not None)
         checks.hidden_rows(hidden, labels, None, packed=False)
         refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
-        dtype = gemm_dtype(hidden, weight)
+        dtype = gemm_dtype(hidden)
         steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes)
     shard = ranks.agree(labels, None, weight.shape[0], ignore_index, steps=steps, dtype=dtype)
     logps, *_ = linear_scores(
@@ -133,7 +134,7 @@ def refuse_now(
     if weight is None:
         select(backend, values.device, values.dtype)
     else:
-        dtype = gemm_dtype(values, weight)
+        dtype = gemm_dtype(values)
         select(backend, values.device, dtype, "hidden, weight")
         columns, width = weight.shape
         LinearPlan.of((), max(1, columns), width, dtype, max_logits_bytes=max_logits_bytes, device=values.device)
@@ -156,7 +157,7 @@ def linear_steps(
         ranks,
         backend,
         hidden.device,
-        gemm_dtype(hidden, weight),
+        gemm_dtype(hidden),
         "hidden, weight",
         max_logits_bytes=max_logits_bytes,
         hidden=(tuple(hidden.shape), hidden.dtype),
@@ -166,20 +167,21 @@ def linear_steps(
     )
 
 
-def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, as for any linear layer; else the one that holds both."""
-    return autocast_dtype(hidden, torch.promote_types(hidden.dtype, weight.dtype))
+# The device types that have autocast, of which alone PyTorch says whether it is on. They are asked for at import: before
+# PyTorch 2.13 torch.compile cannot trace `torch.amp.is_autocast_available`.
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla", torch._C._get_privateuse1_backend_name())
+_WITH_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
 
 
-def autocast_dtype(hidden: Tensor, otherwise: torch.dtype) -> torch.dtype:
+def gemm_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which every side of a loss is scored, policy, reference and KL, given the policy's hidden states:
+    autocast's where it is on, which leaves fp64 alone, else that of these hidden states. Heads and the other sides'
+    hidden states are cast to it. Were each side scored in a dtype of its own, their log-probabilities would be apart by
+    the rounding of logits, also where policy and reference are the same model."""
     device_type = hidden.device.type
-    if (
-        torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-        and otherwise != torch.float64
-    ):
+    if hidden.dtype != torch.float64 and device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    return otherwise
+    return hidden.dtype
 
 
 def linear_scores(
@@ -187,7 +189,8 @@ def linear_scores(
     shard=None,
 ):  # fmt: skip
     """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
-    three empty where `outputs` has no such name."""
+    three empty where `outputs` has no such name. `dtype` is that of the policy's GEMMs where these hidden states are
+    not the policy's."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     shift, ignore_index, logit_scale, softcap, temperature = scoring
     logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
@@ -201,7 +204,7 @@ def linear_scores(
         logit_scale,
         softcap,
         temperature,
-        gemm_dtype(hidden, weight) if dtype is None else dtype,
+        gemm_dtype(hidden) if dtype is None else dtype,
         max_logits_bytes,
         ",".join(outputs),
         torch.is_grad_enabled() and hidden.requires_grad and not trained,

@@ -161,6 +161,24 @@ def test_an_fp16_head():
     pool().run(half_precision)
 
 
+def one_model_in_mixed_dtypes(rank, autocast):
+    """The same numbers as policy and reference; what is exchanged is of one dtype whatever a rank's reference has."""
+    hidden, weight = torch.randint(-64, 65, (2, 20, 64)) / 32, torch.randint(-64, 65, (VOCAB, 64)) / 1024
+    labels = torch.randint(VOCAB, (2, 20))
+    given = {"hidden": hidden.bfloat16(), "weight": weight, "ref_hidden": hidden, "labels": labels}
+    given |= {"ref_weight": weight.to(torch.float64 if rank == 2 else torch.bfloat16), "kl_hidden": hidden}
+    given |= {"ref_kl_hidden": hidden.double(), "kl_labels": labels.flip(0), "desirable": torch.tensor([True, False])}
+    part = some_columns(given, columns_of(rank, "uneven", VOCAB))
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        mine, _ = run(part, vocab_group=dist.group.WORLD)
+    assert (mine.rewards == 0).all() and mine.kl == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_side_in_one_dtype(autocast):
+    pool().run(one_model_in_mixed_dtypes, autocast)
+
+
 def random_problem(rank, seed):
     """Its shape, options and split are drawn, on every rank alike."""
     draw = torch.Generator().manual_seed(seed)

@@ -140,6 +140,28 @@ def test_equals_liger_in_half_precision(dtype):
         torch.testing.assert_close(mine, peer, rtol=0.05, atol=0.05 * peer.abs().max().item())
 
 
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("other", ["_input", "lin_weight", "ref_input", "ref_weight"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_both_sides_are_scored_in_one_dtype(other, autocast):
+    """A model as its own reference, with one tensor of another dtype that holds the same numbers: Liger multiplies what
+    it is given, which PyTorch refuses outside of autocast; under it both sides take autocast's dtype, and so do ours."""
+    hidden, weight = torch.randint(-64, 65, (B, T, 256)) / 32, torch.randint(-64, 65, (V, 256)) / 1024
+    given = {"_input": hidden, "lin_weight": weight, "ref_input": hidden, "ref_weight": weight}
+    given = {name: tensor if name == other else tensor.bfloat16() for name, tensor in given.items()}
+    arguments = given | {"target": torch.randint(V, (B, T)), "preference_labels": LABELS}
+    with torch.autocast("cpu", torch.float16 if autocast else None, enabled=autocast):
+        loss, sums = LigerFusedLinearKTOLoss(use_ref_model=True)(**arguments)
+        if autocast:
+            theirs, their_sums = PEERS[0](use_ref_model=True, compiled=False)(**arguments)
+            torch.testing.assert_close(torch.stack(sums[:2]), torch.stack(their_sums[:2]), rtol=1e-3, atol=1e-3)
+            assert theirs == 0.5 and all(total == 0 for total in their_sums[-2:])
+        else:
+            with pytest.raises(RuntimeError, match="same dtype"):
+                PEERS[0](use_ref_model=True, compiled=False)(**arguments)
+    assert loss == 0.5 and all(total == 0 for total in sums[-2:])
+
+
 def test_function_takes_its_own_order():
     """Positional, every option away from the class's default."""
     arguments, leaves = inputs(bias=True, ref=True, ignored=True, ignore_index=4)

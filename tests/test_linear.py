@@ -168,25 +168,97 @@ def test_a_tied_embedding_gets_both_gradients():
 # Dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("trained", [HEAD, ("hidden",)])
-def test_mixed_dtypes_are_raised_to_the_wider(hidden_dtype, trained):
-    weight_dtype = torch.bfloat16 if hidden_dtype == torch.float32 else torch.float32
-    p = linear_problem(kl="number", ref=None, max_logits_bytes=budget(4))
+def test_mixed_dtypes_take_that_of_the_hidden_states(hidden_dtype, weight_dtype, trained):
+    """As if the head had been rounded to it before; but the head's gradient is summed in fp32 and has the head's dtype."""
+    p = linear_problem(kl="number", ref=None, max_logits_bytes=budget(4, hidden_dtype))
     p.hidden, p.weight = p.hidden.to(hidden_dtype), p.weight.to(weight_dtype)
     out, grads = ours_linear(p, "cpu", trained)
-    wide = linear_problem(kl="number", ref=None, max_logits_bytes=budget(4))
-    wide.hidden, wide.weight, wide.tensors = p.hidden.float(), p.weight.float(), p.tensors
-    wide.labels, wide.desirable = p.labels, p.desirable
-    expected, expected_grads = ours_linear(wide, "cpu", trained)
+    expected, expected_grads = ours_linear(p.to(hidden_dtype), "cpu", trained)
     assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(grads["hidden"], expected_grads["hidden"])
     for name, grad in grads.items():
         given = p.tensors["bias"] if name == "bias" else getattr(p, name)
-        assert grad.dtype == given.dtype
-        if name == "hidden":  # rounded where it is stored, then scaled
-            torch.testing.assert_close(grad.float(), expected_grads[name], rtol=2**-7, atol=1e-6)
-        else:
-            assert torch.equal(grad, expected_grads[name].to(grad.dtype))
+        assert grad.dtype == given.dtype and grad.any()
+        coarser = max(torch.finfo(dtype).eps for dtype in (grad.dtype, hidden_dtype))
+        torch.testing.assert_close(grad.float(), expected_grads[name].float(), rtol=coarser, atol=1e-6)
+    if "weight" in trained and weight_dtype == torch.float32 != hidden_dtype:
+        assert not torch.equal(grads["weight"], grads["weight"].to(hidden_dtype).float())
+
+
+def one_model(shape: tuple[int, int, int], vocab: int) -> dict[str, torch.Tensor]:
+    """A policy and a reference that are the same numbers, which every dtype holds; also of mismatched completions."""
+    hidden, kl_hidden = (torch.randint(-64, 65, shape) / 32 for _ in range(2))
+    weight, bias = torch.randint(-64, 65, (vocab, shape[-1])) / 2048, torch.randint(-64, 65, (vocab,)) / 64
+    heads = {"weight": weight, "bias": bias, "ref_weight": weight, "ref_bias": bias}
+    return {"hidden": hidden, "ref_hidden": hidden, "kl_hidden": kl_hidden, "ref_kl_hidden": kl_hidden} | heads
+
+
+def loss_of_one_model(model: dict[str, torch.Tensor], backend: str, **options):
+    draw = torch.Generator().manual_seed(0)
+    labels = [torch.randint(len(model["weight"]), model["hidden"].shape[:2], generator=draw) for _ in range(2)]
+    device = model["hidden"].device
+    return linear_kto_loss(
+        **model,
+        labels=labels[0].to(device),
+        kl_labels=labels[1].to(device),
+        desirable=torch.ones(len(labels[0]), dtype=torch.bool, device=device),
+        backend=backend,
+        **options,
+    )
+
+
+@places
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_side_of_a_loss_is_scored_in_one_dtype(place, autocast, hidden_dtype):
+    """In autocast's, or in that of the policy's hidden states, whatever the heads' and the reference's are: a model is
+    0 apart from itself. Scored in two dtypes it would be apart by the rounding of its logits."""
+    backend, device = place
+    model = {name: tensor.to(device) for name, tensor in one_model((2, 4, 64), 60).items()}
+    one = hidden_dtype if autocast is None else autocast
+    expected = loss_of_one_model({name: tensor.to(one) for name, tensor in model.items()}, backend)
+    half, single = torch.float16 if hidden_dtype == torch.bfloat16 else torch.bfloat16, torch.float32
+    mixtures = ((single, half, True), (half, single, False), (single, hidden_dtype, False), (half, half, True))
+    for weight_dtype, ref_dtype, trained in mixtures:
+        mixed = {name: tensor.to(ref_dtype) for name, tensor in model.items()}
+        mixed["hidden"] = model["hidden"].to(hidden_dtype)
+        mixed["weight"] = model["weight"].to(weight_dtype).detach().requires_grad_(trained)
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            out = loss_of_one_model(mixed, backend)
+        assert (out.rewards == 0).all() and out.kl == 0, (weight_dtype, ref_dtype)
+        for name in ("logps", "ref_logps", "loss"):
+            assert torch.equal(getattr(out, name), getattr(expected, name)), name
+
+
+@pytest.mark.fault(1)
+@pytest.mark.parametrize("place", ON_CPU)
+@pytest.mark.parametrize("other", ["ref_weight", "ref_hidden", "weight"])
+def test_a_head_raised_to_fp32_is_0_apart_from_its_model(place, other):
+    """400 bf16 tokens and a vocabulary of 32,000 under an fp32 head: policy and reference were apart by up to 0.04 nats."""
+    model = one_model((1, 400, 512), 32_000)
+    wide = {other} if other != "weight" else {"weight", "bias"}
+    mixed = {name: tensor if name in wide else tensor.bfloat16() for name, tensor in model.items()}
+    out = loss_of_one_model(mixed, place[0])
+    assert out.rewards == 0 and out.kl == 0
+    assert out.logps == loss_of_one_model({name: tensor.bfloat16() for name, tensor in model.items()}, place[0]).logps
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_dtype_with_fp64_beside_it(autocast):
+    """Autocast leaves fp64 hidden states alone, as it does in PyTorch; fp64 heads and references follow the policy."""
+    model = one_model((2, 20, 64), 300)
+    double = {name: tensor.double() for name, tensor in model.items()}
+    for hidden_dtype in (torch.float64, torch.float32):
+        one = torch.bfloat16 if autocast and hidden_dtype != torch.float64 else hidden_dtype
+        expected = loss_of_one_model({name: tensor.to(one) for name, tensor in model.items()}, "torch")
+        for others in (model, double):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = loss_of_one_model(others | {"hidden": model["hidden"].to(hidden_dtype)}, "torch")
+            assert (out.rewards == 0).all() and out.kl == 0
+            assert torch.equal(out.logps, expected.logps) and out.loss.dtype == expected.loss.dtype
 
 
 @pytest.mark.parametrize("trained", [HEAD, ("hidden",), ("weight",)])

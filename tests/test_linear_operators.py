@@ -294,6 +294,36 @@ def test_compiles_whole(fresh_compiler, trained, reduction):
         torch.testing.assert_close(plain, compiled)
 
 
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_whole_where_the_compiler_cannot_ask_for_autocast(fresh_compiler, monkeypatch, autocast):
+    """As `torch.compile` before PyTorch 2.13, which traces `is_autocast_enabled` of a device type, and breaks the graph at
+    the question whether the device type has autocast."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    p = linear_problem(LENGTHS, ref=None, kl="number")
+
+    def step(hidden, weight):
+        logps = linear_token_logps(hidden, weight, p.labels)
+        return linear_kto_loss(hidden * 1, weight, p.labels, p.desirable, kl=0.4).loss, logps
+
+    weight = p.weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for mine, eager in zip(
+            torch.compile(step, fullgraph=True, backend="aot_eager")(p.hidden, weight), step(p.hidden, weight)
+        ):
+            assert torch.equal(mine, eager)
+
+
+def test_a_device_type_without_autocast():
+    """Shapes are tried on the device "meta", for which PyTorch's own question raises; an `autocast` of another device
+    type may be on meanwhile."""
+    hidden, weight = torch.empty(5, 11, WIDTH, device="meta"), torch.empty(VOCAB, WIDTH, device="meta")
+    labels = torch.empty(5, 11, dtype=torch.int64, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = linear_token_logps(hidden.half(), weight, labels, backend="torch")
+    assert (logps.shape, logps.dtype, logps.device.type) == (labels.shape, torch.float32, "meta")
+
+
 def test_the_schemas_are_stable():
     """Saved graphs (torch.export) name these operators."""
     for name in ("linear_token_logps", "linear_backward", "linear_kto", "scale_", "scale_rows_"):

@@ -84,6 +84,7 @@ def liger_fused_linear_kto(
         checks.reference_head(ref_input, ref_weight, ref_bias, "ref_input", weight)
         checks.shape("ref_input", ref_input, (*target.shape, ref_input.shape[-1]), "as _input")
         with torch.no_grad():
+            ref_input = ref_input.to(_input.dtype)  # as `linear_kto_loss`: both sides are scored in the policy's dtype
             tokens = linear_token_logps(ref_input, ref_weight, target, bias=ref_bias, ignore_index=ignore_index)
             ref_logps = sequence_logps(
                 tokens, labels=target, average_log_prob=average_log_prob, ignore_index=ignore_index
