@@ -7,7 +7,7 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test faults fuzz test-sdist test-versions test-gpu sanitize demo bench report lint clean
+.PHONY: test faults fuzz test-sdist test-versions test-versions-all test-gpu sanitize demo bench report lint clean
 
 test: $(VENV)/test.stamp  ## the test suite
 	$(BIN)/python -m pytest -q -n 2 -m "not alone"
@@ -37,6 +37,9 @@ sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehavi
 test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory, ms-swift and DeepSpeed, in .venv-versions/
 	PYTHON=$(PYTHON) tests/versions/run.sh
 
+test-versions-all: $(VENV)/test.stamp  ## smoke and compile tests under several torch releases, gigabytes each, or with ONLY=torch_2_8 under one
+	$(BIN)/python tests/versions/matrix.py run $(ONLY)
+
 demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 	$(BIN)/python examples/demo.py
 
@@ -50,8 +53,9 @@ bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ an
 	$(BIN)/python -m benchmarks inspect
 	$(BIN)/python -m benchmarks report
 
-report: $(VENV)/test.stamp  ## fail where README and results differ
+report: $(VENV)/test.stamp  ## fail where a page and the results that it shows differ
 	$(BIN)/python -m benchmarks report --check
+	$(BIN)/python tests/versions/matrix.py page --check
 
 lint: $(VENV)/test.stamp
 	$(PIP) -e .[dev] --no-build-isolation

@@ -29,7 +29,11 @@ def versions_and_commit() -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"versions": versions, "commit": _commit(), "date": datetime.date.today().isoformat()}
+    return {
+        "versions": versions,
+        "commit": commit("kto_kernels", "csrc", "benchmarks/*.py", "setup.py"),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _device(device: str) -> str:
@@ -58,14 +62,14 @@ def _driver(device: str) -> str | None:
     return f"{found}, CUDA {torch.version.cuda}"
 
 
-def _commit() -> str:
-    """The commit the figures belong to, marked where the code differs from it."""
+def commit(*paths: str) -> str:
+    """The commit the figures belong to, marked where a file of these paths differs from it."""
     try:
-        commit = subprocess.run(
+        head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "kto_kernels", "csrc", "benchmarks/*.py", "setup.py"],
+            ["git", "status", "--porcelain", "--", *paths],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -73,4 +77,4 @@ def _commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if changed else "")
+    return head + ("+changes" if changed else "")

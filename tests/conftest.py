@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("KTO_KERNELS_CUDA_EMULATE", "1")
 
 # `make test` draws the same examples every time, so that a red run can be run again; `make fuzz` draws new ones, and prints
-# how to have a failing one again. The environments of tests/versions have no hypothesis.
+# how to have a failing one again. Not every environment of tests/versions has hypothesis.
 with contextlib.suppress(ImportError):
     from hypothesis import HealthCheck, settings
 
