@@ -8,19 +8,17 @@ that function's place. Everything around it stays TRL's: models, adapters, shard
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import types
-from collections.abc import Iterator
+import math
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .. import checks, dtensor, reference
-from ..distributed import Ranks
+from .. import checks
 from ..loss import linear_kto_loss
-from ..stages import autocast_dtype, linear_scores
 from .patching import Patch, check_call, holders, load, original, undo, version
 
 trl_utils = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
@@ -28,71 +26,18 @@ trl_kernels = load("trl.kernels", "kto_kernels.integrations.trl", "trl")
 
 from trl import KTOTrainer  # noqa: E402 - after the check that names what is missing
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
+from trl.trainer import kto_trainer  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+from . import verify as verification  # noqa: E402
+from .trl_head import add_fused_lm_head, add_unverified, rounding  # noqa: E402
+from .trl_scoring import AROUND, OUTPUTS, ChunkedLogProbFunction, InDtypeOf, scored_by, scored_by_trl  # noqa: E402
+
 _KNOWN = "1.16"
 _log: list = []
 
 
 # Under every trainer ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ChunkedLogProbFunction:
-    """TRL's function of this name by ours: hidden states of scored tokens → what TRL's fused head returns for each."""
-
-    @staticmethod
-    def apply(
-        hidden: Tensor,  # (N, H)
-        weight: Tensor,  # (V, H)
-        bias: Tensor | None,  # (V,)
-        targets: Tensor,  # (N,)
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = OUTPUTS,
-    ) -> tuple[Tensor | None, ...]:
-        """Token log-probabilities (N,) fp32, then those of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`
-        that `outputs` asks for, (N,) each, None for the rest; gradients flow through the first two.
-
-        `chunk_size`, the width of TRL's tiles, does not matter: ours are rows × the whole vocabulary (`LinearPlan`).
-
-        Raises:
-            TypeError, ValueError: as `linear_token_logps`.
-        """
-        weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
-        checks.head(hidden, weight, bias)
-        checks.hidden_rows(hidden, targets, None, packed=False)
-        if torch.is_grad_enabled() and hasattr(weight, "ds_id"):
-            # DeepSpeed's ZeRO-3 takes the gathered one back behind the forward; the backward computes logits again.
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
-        scale = (float(logit_scale), final_logit_softcapping, float(temperature))
-        wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
-        dtype = autocast_dtype(hidden, hidden.dtype)
-        logps, *extra = linear_scores(
-            hidden, weight, bias, targets, None, (False, -100, *scale), None, wanted, "auto", dtype=dtype
-        )
-        found = dict(zip(("entropy", "mean_logits", "is_top1"), extra))
-        squares = None
-        if "log_sum_sq_probs" in outputs:
-            squares = _log_sum_sq_probs(hidden, weight, bias, scale)
-        named = found | {"log_sum_sq_probs": squares}
-        return logps, *(named[name] if name in outputs else None for name in OUTPUTS)
-
-
-@torch.no_grad()
-def _log_sum_sq_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: tuple) -> Tensor:
-    """`log Σ_v p_v²` of each row, in plain PyTorch, some rows at a time: a pass of its own, as few trainers log it."""
-    rows = max(1, (1 << 24) // weight.shape[0])
-    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    return torch.cat(
-        [
-            (2 * reference.scaled(torch.nn.functional.linear(h, weight, bias), *scale).log_softmax(-1)).logsumexp(-1)
-            for h in hidden.split(rows)
-        ]
-        or [hidden.new_empty(0, dtype=torch.float32)]
-    )
 
 
 def _check_trl(caller: str) -> None:
@@ -101,14 +46,20 @@ def _check_trl(caller: str) -> None:
         raise RuntimeError(f"{caller}: written for TRL {_KNOWN}, found {found}")
 
 
-def patch_trl() -> Patch:
+def patch_trl(verify: bool = True) -> Patch:
     """Puts our token log-probabilities under every trainer of TRL 1.16 that scores tokens through its fused head (SFT,
     DPO, KTO, GRPO, RLOO, …). Prompts and padding are left out on every device. May be called again; as a context
     manager it ends with the block.
 
+    Args:
+        verify: the first batch of each model that a trainer is given from now on is compared with the model's own
+            forward: two small forwards of at most 64 tokens, once. Where they differ, a RuntimeError says by how much.
+
     Raises:
         RuntimeError: the TRL that is installed is not a version that this knows.
+        TypeError: `verify` is no bool.
     """
+    checks.flag("verify", verify)
     _check_trl("patch_trl")
     theirs = original(_log, trl_kernels, "ChunkedLogProbFunction", "patch_trl")
     check_call(theirs.forward, ChunkedLogProbFunction.apply, "trl.kernels.ChunkedLogProbFunction", skip=1)
@@ -116,7 +67,13 @@ def patch_trl() -> Patch:
     for module, name in list(holders(theirs)):
         if module.__name__.startswith("trl.") and not module.__name__.endswith("chunked_logprob"):
             patch.replace(module, name, ChunkedLogProbFunction)
-    for name, ours in _AROUND.items():
+    theirs = original(_log, trl_utils, "add_fused_lm_head", "patch_trl")
+    check_call(theirs, add_fused_lm_head, "trl.trainer.utils.add_fused_lm_head")
+    for held in (theirs, add_fused_lm_head, add_unverified):
+        for module, name in list(holders(held)):
+            if module.__name__.startswith("trl."):
+                patch.replace(module, name, add_fused_lm_head if verify else add_unverified)
+    for name, ours in AROUND.items():
         patch.replace(trl_utils, name, ours)
     return patch
 
@@ -124,16 +81,6 @@ def patch_trl() -> Patch:
 def unpatch_trl() -> None:
     """Takes back what `patch_trl` put in place."""
     undo(_log)
-
-
-def _compact(device: torch.device) -> bool:
-    """Whether TRL's fused head leaves out the tokens that no label scores: it does where its own kernels run."""
-    return True
-
-
-# TRL gathers a sharded head (FSDP2, outside of its unsharded window) without reducing its gradient over the ranks: to us
-# it comes as it is.
-_AROUND = {"_use_triton": _compact, "DTensor": ()}
 
 
 # KTO, its loss inside the forward ──────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +108,7 @@ class _Request:
         self, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
     ) -> tuple[Tensor | None, ...]:
         """In the place of `ChunkedLogProbFunction.apply`: forms the loss and its gradients here, where the logits are.
-        What it returns has no gradient: TRL makes its metrics of it."""
+        The log-probabilities that it returns carry the loss through the model's outputs."""
         out = linear_kto_loss(
             hidden,
             weight,
@@ -178,7 +125,33 @@ class _Request:
             **self.options,
         )
         self.loss = out.loss
-        return out.token_logps, out.entropy, None, out.mean_logits, out.is_top1
+        return _Carry.apply(out.token_logps, out.loss), out.entropy, None, out.mean_logits, out.is_top1
+
+
+class _Carry(torch.autograd.Function):
+    """Log-probabilities with a loss behind them: whatever gradient reaches the first of them is the loss's. So the loss
+    is part of the outputs that DDP and FSDP hang their hooks on, whoever made the model's forward."""
+
+    @staticmethod
+    def forward(ctx, logps: Tensor, loss: Tensor) -> Tensor:
+        return logps.detach().view_as(logps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad[:1].sum()  # 0 where no token is scored
+
+
+class _Carried(torch.autograd.Function):
+    """0, whose gradient is that of the loss which the log-probabilities carry."""
+
+    @staticmethod
+    def forward(ctx, logps: Tensor) -> Tensor:
+        ctx.shape = logps.shape
+        return logps.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.expand(ctx.shape)
 
 
 class _Policy:
@@ -186,38 +159,21 @@ class _Policy:
 
     def __init__(self, model: torch.nn.Module, request: _Request):
         self.model, self.request = model, request
-        self.loss: Tensor | None = None
+        self.carried: Tensor | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         if not inputs.get("fused_lm_head"):
             return self.model(**inputs)
-        outputs = self.model(**inputs, kto=self.request)
-        self.loss = outputs.loss  # as it came through the wrappers, with their hooks
+        with scored_by(self.request):
+            outputs = self.model(**inputs)
+        if self.request.loss is None:
+            raise RuntimeError(
+                "FusedKTOTrainer: the policy's forward returned without scoring a token through TRL's fused head; "
+                "something has replaced the model's forward since the trainer was made"
+            )
+        self.carried = _Carried.apply(outputs.log_probs)  # as they came through the wrappers, with their hooks
+        outputs.log_probs = outputs.log_probs.detach()  # TRL makes its metrics of them
         return outputs
-
-
-@contextlib.contextmanager
-def _scored_by(function: Any) -> Iterator[None]:
-    with mock.patch.multiple(trl_utils, _ChunkedLogProbFunction=function, **_AROUND):
-        yield
-
-
-def _take_over(model: torch.nn.Module) -> None:
-    """Has TRL's fused head of this model score through ours: with `kto=` the policy's loss, else log-probabilities."""
-    theirs = model.forward
-
-    # The signature stays: `generate` checks its arguments against it.
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, kto: _Request | None = None, fused_lm_head: bool = False, **kwargs):
-        if not fused_lm_head:
-            return theirs(*args, **kwargs)
-        with _scored_by(ChunkedLogProbFunction if kto is None else kto):
-            outputs = theirs(*args, fused_lm_head=True, **kwargs)
-        if kto is not None:
-            outputs.loss = kto.loss  # an output of the forward, so that DDP's and FSDP's hooks fire
-        return outputs
-
-    model.forward = types.MethodType(forward, model)
 
 
 class FusedKTOTrainer(KTOTrainer):
@@ -228,23 +184,37 @@ class FusedKTOTrainer(KTOTrainer):
     The reference's and the KL's log-probabilities come before the policy's forward instead of after it, and only the
     completions' tokens are projected, on a CPU too.
 
+    Reference and KL are scored in the dtype in which the policy is, whatever dtype a reference model has: autocast's
+    where it is on, else that of the policy's hidden states.
+
+    Args:
+        *args, **kwargs: KTOTrainer's.
+        verify: True: on the first batch, the log-probabilities of at most 64 tokens from the logits of the model's own
+            forward are compared with those of the fused head, of the policy and of a reference model: two small
+            forwards of each, once. "full": and the loss of the first batch with the one that TRL computes. False:
+            neither.
+
     Raises:
-        RuntimeError: TRL is not a version that this knows.
-        ValueError: TRL's own checks; an adapter on the head itself, for instance, which a fused head would not see.
+        RuntimeError: TRL is not a version that this knows. On the first batch, on all ranks: what `verify` compares
+            differs by more than rounding explains (`verify.compare` says what that is); a head that does more than
+            multiply, for instance.
+        ValueError: TRL's own checks; an adapter on the head itself, for instance, which a fused head would not see. A
+            head without a matrix of floats: a quantized one, or one of several layers.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
         _check_trl("FusedKTOTrainer")
-        super().__init__(*args, **kwargs)
-        policy = self.accelerator.unwrap_model(self.model)
-        policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
-        _take_over(policy)
-        if self.ref_model is not None:
-            _take_over(self.accelerator.unwrap_model(self.ref_model))
+        if verify not in (True, False, "full"):
+            raise ValueError(f"verify: expected True, False or 'full', got {verify!r}")
+        self._full_check_is_due = verify == "full"
+        self._policy_scores = InDtypeOf()
         self._known_kl_logps: tuple[Any, Tensor | None] | None = None
+        head = functools.partial(add_fused_lm_head, verify=bool(verify), caller="FusedKTOTrainer")
+        with mock.patch.object(kto_trainer, "add_fused_lm_head", head):
+            super().__init__(*args, **kwargs)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        with _scored_by(ChunkedLogProbFunction):  # TRL calls this in its constructor too, before the take-over
+        with scored_by(ChunkedLogProbFunction):  # TRL calls this in its constructor too
             return super()._precompute_ref_logps(*args, **kwargs)
 
     def _compute_kl_logps(self, model: Any, batch: dict) -> Tensor | None:
@@ -265,6 +235,7 @@ class FusedKTOTrainer(KTOTrainer):
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
+            scored_by(InDtypeOf(self._policy_scores)),
         ):
             kl_logps = self._compute_kl_logps(model, batch)
             outputs = model(**_model_inputs(batch), use_cache=False, labels=labels, fused_lm_head=True)
@@ -272,10 +243,22 @@ class FusedKTOTrainer(KTOTrainer):
         return outputs.log_probs[:, 1 - labels.shape[1] :].sum(-1), kl_logps
 
     def _compute_loss(self, model: Any, inputs: dict, return_outputs: bool) -> Any:
+        if self._full_check_is_due:
+            self._full_check_is_due = False
+            self._compare_with_trl(model, inputs)
+        return self._fused_loss(model, inputs, return_outputs)
+
+    def _fused_loss(self, model: Any, inputs: dict, return_outputs: bool) -> Any:
         device = self.accelerator.device
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        kl_logps = super()._compute_kl_logps(model, batch)
+        with scored_by(self._policy_scores):
+            kl_logps = super()._compute_kl_logps(model, batch)
+            if self._policy_scores.dtype is None and not self.precompute_ref_logps:
+                # Nothing has told the dtype of the policy's hidden states yet, which the reference comes before.
+                some, piece = verification.window(labels, _model_inputs(batch))
+                with verification.quiet(self.model):
+                    model(**piece, use_cache=False, labels=some, fused_lm_head=True)
         ref_logps, ref_kl_logps = self._reference(batch, labels)
         kl = None
         if self.calculate_KL:
@@ -292,10 +275,25 @@ class FusedKTOTrainer(KTOTrainer):
         finally:
             self.precompute_ref_logps, self._known_kl_logps = precomputed, None
         loss, *rest = result if return_outputs else (result,)
-        # Its value is TRL's, to the bit; its gradient ours, as the log-probabilities carried none.
-        if policy.loss.requires_grad:
-            loss = loss + (policy.loss - policy.loss.detach())
+        loss = loss + policy.carried  # its value is TRL's, to the bit; its gradient ours
         return (loss, *rest) if return_outputs else loss
+
+
+    def _compare_with_trl(self, model: Any, inputs: dict) -> None:
+        """The loss of a batch with the one that TRL's trainer computes, on its own functions."""
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        with verification.quiet(self.model):
+            with scored_by_trl():
+                theirs = super()._compute_loss(model, inputs, False)
+            mine = self._fused_loss(model, inputs, False)
+        self._metrics, self._total_train_tokens = metrics, tokens
+        # A loss moves by at most λβ/4 for each nat of a log-ratio and of the KL; each is the difference of two sums over
+        # at most this many tokens, whose roundings have either sign.
+        longest = max(int(inputs[name].sum(-1).max()) for name in inputs if name.endswith("completion_mask"))
+        slope = max(self.desirable_weight, self.undesirable_weight) * self.beta / 4
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        allowed = slope * 4 * 4 * math.sqrt(longest) * max(map(rounding, models))
+        verification.same_loss(type(self.model).__name__, mine.detach(), theirs.detach(), allowed + 1e-6)
 
 
 def _model_inputs(batch: dict) -> dict:

@@ -1,0 +1,340 @@
+"""TRL 1.16's fused head on a model, for more models than TRL's own `add_fused_lm_head` knows, and bound to none: copies
+of a model score with their own weights, and a pickle of it is a model without a fused head."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dtensor
+from ..distributed import Ranks
+from ..stages import autocast_dtype
+from . import verify as verification
+from .trl_scoring import ChunkedLogProbFunction, scored_by, scores_as_trl, trl_utils
+
+_theirs = trl_utils.add_fused_lm_head
+_log = logging.getLogger("kto_kernels")
+
+# Beside the names that TRL reads. Both are attributes of a model's config.
+_SOFTCAPS = ("logits_soft_cap", "output_logit_soft_cap")  # RecurrentGemma, xLSTM
+_DIVISORS = ("logits_mup_width_multiplier",)  # Inkling: of the hidden states, which is the same
+# A layer that the model puts between its backbone and the module that `get_output_embeddings` returns.
+_BEFORE_HEAD = {
+    "decoder": "lm_head",  # ModernBERT-decoder
+    "cls.predictions.decoder": "cls.predictions.transform",  # BERT and most of its family
+    "generator_lm_head": "generator_predictions",  # ELECTRA
+}
+
+
+def add_fused_lm_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+    verify: bool | None = None,
+    caller: str = "patch_trl",
+) -> None:
+    """In place of TRL's function of this name. Twice on one model changes what the first said, as TRL's does.
+
+    Args:
+        model, temperature, cast_lm_head_to_fp32, outputs: TRL's.
+        verify: whether the first batch is compared with the model's own forward; None: if this model never was.
+        caller: of this function, for messages.
+
+    Raises:
+        ValueError: the head is not a matrix of floats, by which a fused head could multiply.
+    """
+    _head(model)
+    forward = vars(model).get("forward")
+    while (below := _below_trls(forward)) is not None:  # what an earlier trainer of TRL put in place
+        forward = below if getattr(below, "__func__", None) is not type(model).forward else None
+    fused = vars(model).get("_kto_kernels_head")
+    if fused is None:
+        fused = model._kto_kernels_head = FusedHead()
+    fused.set(temperature, cast_lm_head_to_fp32, outputs, caller)
+    fused.pending = not fused.verified if verify is None else verify
+    if not _has_ours(forward):
+        fused_forward, model._kto_kernels_forward = _new_forward(type(model).forward), forward
+        forward = types.MethodType(fused_forward, model)
+    model.forward = forward
+
+
+add_unverified = functools.partial(add_fused_lm_head, verify=False)
+
+
+def _new_forward(own: Callable) -> Callable:
+    """A model's forward. Closes over no model: it finds everything through the one that it is called on."""
+
+    # `generate` checks its arguments against the signature of the model's own.
+    @functools.wraps(own)
+    def forward(self, *args, fused_lm_head: bool = False, **kwargs):
+        if fused_lm_head:
+            return self._kto_kernels_head(self, args, kwargs)
+        return own_forward(self)(*args, **kwargs)
+
+    forward.kto_kernels = True
+    return forward
+
+
+def own_forward(model: nn.Module) -> Callable:
+    """The model's forward as it was before it had a fused head."""
+    # An instance may have one of its own, as by hooks that move tensors between devices. FSDP2 replaces classes.
+    return vars(model).get("_kto_kernels_forward") or functools.partial(type(model).forward, model)
+
+
+def _below_trls(forward: Any) -> Callable | None:
+    """What TRL's own fused head has put itself in front of; None if this is no such head."""
+    function = getattr(forward, "__func__", forward)
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_name != "_fused_forward" or "original_forward" not in code.co_freevars:
+        return None
+    return function.__closure__[code.co_freevars.index("original_forward")].cell_contents
+
+
+def _has_ours(forward: Any) -> bool:
+    """Whether what replaced the forward of an instance, as autocast's wrapper does, still calls ours."""
+    while forward is not None:
+        if getattr(forward, "kto_kernels", False):
+            return True
+        forward = _below_trls(forward) or getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return False
+
+
+class FusedHead:
+    """What a model remembers of its fused head: no tensor, no module and nothing bound to them."""
+
+    def __init__(self):
+        self.options: dict[str, Any] = {}
+        self.caller = ""
+        self.pending = self.verified = False
+        self.slack = 0.0  # of a token's log-probability: what rounding may change, by the batch that was verified
+        self._function: Callable | None = None
+
+    def set(self, temperature: float, cast_lm_head_to_fp32: bool, outputs: tuple[str, ...], caller: str) -> None:
+        self.options = {
+            "temperature": temperature,
+            "cast_lm_head_to_fp32": cast_lm_head_to_fp32,
+            "outputs": outputs,
+        }
+        self.caller, self._function = caller, None
+
+    def __getstate__(self) -> dict:
+        """A copy makes TRL's function again, of the copied config, and verifies its own first batch."""
+        return vars(self) | {"_function": None, "pending": self.pending or self.verified, "verified": False}
+
+    @functools.partial(torch.compiler.disable, recursive=False)  # what it calls is compiled
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
+        tuples = getattr(model.config, "return_dict", True) is False
+        with _named_outputs(model) if tuples else contextlib.nullcontext():
+            if self.pending and not scores_as_trl():
+                self._verify(model, args, kwargs)
+                self.pending, self.verified = False, True
+            return self._trls(model)(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _trls(self, model: nn.Module) -> Callable:
+        """TRL's forward with a fused head, of this model."""
+        if self._function is None:
+            bare = _Bare(model.config)
+            _theirs(bare, **self.options)
+            self._function = bare.forward.__func__
+        return functools.partial(self._function, _Seen(model), fused_lm_head=True)
+
+    @torch.compiler.disable
+    def _verify(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        given = dict(zip(names, args)) | kwargs
+        labels, inputs = given.pop("labels", None), {}
+        if labels is not None and given.get("shift_labels") is None:
+            labels, inputs = verification.window(labels, given)
+        if not {"input_ids", "inputs_embeds"} & set(inputs):
+            _log.warning(
+                "%s: the first batch of %s is not verified: no row of it can be scored alone (labels of a part of the "
+                "context, or inputs under unknown names)", self.caller, type(model).__name__
+            )  # fmt: skip
+            return
+        recorder = _Recorder(self.options["cast_lm_head_to_fp32"])
+
+        def fused() -> verification.Scored:
+            with scored_by(recorder):
+                self._trls(model)(**inputs, labels=labels)
+            return recorder.scored
+
+        def own() -> Tensor:
+            outputs = own_forward(model)(**inputs, use_cache=False)
+            logits = outputs.logits
+            logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+            kept = (labels[:, 1:] != -100).to(logits.device)
+            return logits[:, -labels.shape[1] : -1][kept]
+
+        self.slack = verification.first_batch(model, own, fused, caller=self.caller)
+
+
+def rounding(model: nn.Module) -> float:
+    """What rounding may change of a token's log-probability, on average, by the batch that verified the model."""
+    return max((vars(module)["_kto_kernels_head"].slack for module in model.modules()
+                if "_kto_kernels_head" in vars(module)), default=0.0)  # fmt: skip
+
+
+class _Recorder:
+    """Scores as usual, and keeps what the fused head was given."""
+
+    def __init__(self, in_fp32: bool):
+        self.in_fp32 = in_fp32  # the fused head alone, where the model's own is in its own dtype
+        self.scored: verification.Scored | None = None
+
+    def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        found = ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+        )
+        weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
+        given = hidden.to(weight.dtype) if self.in_fp32 else hidden
+        scale = (float(logit_scale), softcap, float(temperature))
+        self.scored = verification.Scored.of(
+            given, weight, bias, targets, scale, autocast_dtype(given, given.dtype), found[0]
+        )
+        return found
+
+
+# How TRL's fused head sees a model ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Bare:
+    """As much of a model as TRL's `add_fused_lm_head` looks at when it is called."""
+
+    def __init__(self, config: Any):
+        self.config = _Config(config)
+
+    def forward(self) -> None: ...
+
+
+class _Config:
+    """A config, with soft caps and scales under the names that TRL knows."""
+
+    def __init__(self, config: Any):
+        self._config = config
+        softcap = next((getattr(config, name) for name in _SOFTCAPS if hasattr(config, name)), None)
+        divisor = next((getattr(config, name) for name in _DIVISORS if hasattr(config, name)), None)
+        if softcap is not None:
+            self.final_logit_softcapping = softcap
+        if divisor is not None:
+            self.logit_scale = 1 / divisor
+
+    def get_text_config(self) -> _Config:
+        text = self._config.get_text_config()
+        return self if text is self._config else _Config(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class _Seen:
+    """A model as TRL's fused head calls it: hidden states as they reach the head, and a head with a bias or None."""
+
+    def __init__(self, model: nn.Module):
+        self._seen = model
+
+    @property
+    def base_model(self) -> Callable:
+        backbone = self._seen.base_model
+        if backbone is self._seen:  # Llama 4's text model names another prefix than it has
+            backbone = getattr(self._seen, "model", None)
+        return functools.partial(self._hidden_states, backbone)
+
+    @property
+    def model(self) -> Callable:  # of vision-language models before transformers 5
+        return functools.partial(self._hidden_states, self._seen.model)
+
+    def _hidden_states(self, backbone: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
+        model = self._seen
+        outputs = None if backbone is None else backbone(*args, **kwargs)
+        if getattr(outputs, "last_hidden_state", None) is None:
+            raise TypeError(
+                f"{type(model).__name__}: expected a backbone that returns its last hidden states; got "
+                f"{type(backbone).__name__}, which returned {type(outputs).__name__}"
+            )
+        if (layer := _before_head(model)) is not None:
+            outputs.last_hidden_state = layer(outputs.last_hidden_state)
+        return outputs
+
+    @torch.compiler.disable
+    def get_output_embeddings(self) -> types.SimpleNamespace:
+        weight, bias = _head(self._seen)
+        count = getattr(self._seen.config.get_text_config(), "unpadded_vocab_size", None)
+        if count is not None and count < weight.shape[0]:  # Inkling cuts its logits
+            weight, bias = weight[:count], None if bias is None else bias[:count]
+        return types.SimpleNamespace(weight=weight, bias=bias)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen, name)
+
+
+@contextlib.contextmanager
+def _named_outputs(model: nn.Module) -> Iterator[None]:
+    """Backbones return named outputs, where their config says tuples."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    tuples = [config for config in configs if getattr(config, "return_dict", True) is False]
+    for config in tuples:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in tuples:
+            config.return_dict = False
+
+
+def _before_head(model: nn.Module) -> nn.Module | None:
+    """The layer that stands between a model's backbone and its head, where the names of both are known."""
+    head = model.get_output_embeddings()
+    for name, before in _BEFORE_HEAD.items():
+        try:
+            if operator.attrgetter(name)(model) is head:
+                return operator.attrgetter(before)(model)
+        except AttributeError:
+            pass
+    return None
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a model's head.
+
+    Raises:
+        ValueError: it has no matrix of floats to multiply by.
+    """
+    head = model.get_output_embeddings()
+    what = f"{type(model).__name__}: expected a head with a weight (V, H) of floats, as nn.Linear has; got"
+    instead = "This trainer multiplies hidden states by that weight and never calls the head"
+    if head is None:
+        raise ValueError(f"{what} no output embeddings. {instead}")
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is not None and isinstance(head, peft.BaseTunerLayer):
+        raise ValueError(f"{what} an adapter on it, {type(head).__name__}, which would not be trained. Leave the head "
+                         "out of `target_modules`, or train all of it with `modules_to_save`")  # fmt: skip
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"{what} {type(head).__name__} without a weight. {instead}. Have `get_output_embeddings` return the layer "
+            "that has it, or train with trl.KTOTrainer of a version that builds the logits"
+        )
+    quantized = not weight.is_floating_point() or weight.element_size() < 2
+    quantized |= hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")  # packed inside
+    if quantized or (weight.dim() != 2 and not hasattr(weight, "ds_id")):
+        raise ValueError(
+            f"{what} {type(head).__name__} with a {type(weight).__name__} {weight.dtype} of shape "
+            f"{tuple(weight.shape)}{', which looks quantized' if quantized else ''}. {instead}. Load the model with its "
+            "head left out of quantization (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    bias = getattr(head, "bias", None)
+    if bias is None:  # PEFT's wrapper of a head with some trained tokens shows the weight alone
+        bias = getattr(getattr(head, "original_module", None), "bias", None)
+    return weight, bias
