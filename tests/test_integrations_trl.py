@@ -2,6 +2,7 @@
 metric equal, with every option away from its default. And our token log-probabilities under TRL's other trainers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_precomputed_reference_is_scored_by_ours(tokenizer, tmp_path, monkey
     options = {"precompute_ref_log_probs": True, "steps": 1, "ref": False}
     # Other rows than elsewhere: TRL caches what it has computed for the same model and data.
     train(
-        FusedKTOTrainer,
+        functools.partial(FusedKTOTrainer, verify=False),
         MODELS["qwen2"],
         tokenizer,
         tmp_path,
@@ -199,9 +200,10 @@ def test_the_head_costs_three_units_and_the_others_one(tokenizer, tmp_path, monk
         monkeypatch.setitem(flop_counter.flop_registry, op, counted)
     with flop_counter.FlopCounterMode(display=False):
         train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, steps=1)
-    # One training step (policy, its KL, the reference's two), and two batches of evaluation without gradients.
+    # One training step (policy, its KL, the reference's two), and two batches of evaluation without gradients. And a few
+    # tokens of policy and reference each, which verify the first batch.
     assert seen.count("linear_kto") == 1 and "linear_backward" not in seen
-    assert seen.count("linear_token_logps") == 3 + 2 * 4
+    assert seen.count("linear_token_logps") == 3 + 2 * 4 + 2
 
 
 # Every other trainer ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import trl
 from trl_harness import MODELS, SIZE, assert_same_training, make_tokenizer, rows, train
 
@@ -189,7 +190,7 @@ def injected():
 
 def merged():
     """The config of an adapter that is no longer there."""
-    model = peft.get_peft_model(MODELS["llama"](), lora()).merge_and_unload()
+    model = peft.get_peft_model(MODELS["llama"](), lora()).merge_and_unload().requires_grad_(True)
     model.peft_config = {"default": lora()}  # as versions of PEFT leave it
     return model
 
@@ -221,7 +222,7 @@ def test_the_bias_of_a_head_with_some_trained_tokens(trainer):
     model.lm_head = torch.nn.Linear(SIZE["hidden_size"], SIZE["vocab_size"])
     torch.nn.init.normal_(model.lm_head.bias)
     wrapped = peft.get_peft_model(model, lora(trainable_token_indices={"lm_head": [5, 9]}))
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM: over .* tokens its own logits"):
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM: over .* tokens its own logits"):
         trainer(wrapped, ref_model=llama()).train()
 
 

@@ -278,7 +278,6 @@ class FusedKTOTrainer(KTOTrainer):
         loss = loss + policy.carried  # its value is TRL's, to the bit; its gradient ours
         return (loss, *rest) if return_outputs else loss
 
-
     def _compare_with_trl(self, model: Any, inputs: dict) -> None:
         """The loss of a batch with the one that TRL's trainer computes, on its own functions."""
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens

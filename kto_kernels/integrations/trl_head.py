@@ -235,6 +235,8 @@ class _Config:
         return self if text is self._config else _Config(text)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "num_experts" and not hasattr(self._config, name):  # Llama 4
+            name = "num_local_experts"
         return getattr(self._config, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -93,7 +93,7 @@ class _Current:
     """What TRL's fused head calls inside `scored_by`: always this, so that a compiled model is compiled once, and not
     traced, as the losses of two steps are two objects."""
 
-    scorers: list[Any] = []
+    scorers: ClassVar[list[Any]] = []
 
     @staticmethod
     @torch.compiler.disable

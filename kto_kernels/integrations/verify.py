@@ -72,7 +72,7 @@ class Scored:
 
 @dataclasses.dataclass
 class _Worst:
-    """The entry that differs most, in units of what rounding explains."""
+    """The entry that differs most, and by how much, in units of what rounding explains."""
 
     excess: float = 0.0
     token: int = 0
@@ -80,6 +80,7 @@ class _Worst:
     fused: float = 0.0
     allowed: float = 0.0
     slack: float = 0.0  # what is allowed for a label, on average
+    scale: float = 1.0  # by which the model's own logits are larger
 
 
 def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
@@ -88,17 +89,23 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
 
     With u the unit roundoff of the head's dtype (2⁻⁹ for bf16), a logit `z = softcap(s·(h·w + b))/T` may differ by
 
-    - 2u of |s·h·w| + |s·b|: the product is rounded once when it is stored, and once more where a GPU splits its sum;
-      u more for a bias and u for a scale other than 1; under a soft cap 3u of |z|, for its division, tanh and product;
-    - what the sum of H products in fp32 makes, on both sides: 8·√H·2⁻²⁴ of ‖h‖·‖w‖, the square root as its H roundings
+    - u of |s·h·w| + |s·b|: the product is rounded when it is stored; u more where a GPU splits its sum, for a bias, and
+      for a scale other than 1 each; under a soft cap 3u of |z|, for its division, tanh and product;
+    - what the sum of H products in fp32 makes, on both sides: 4·√H·2⁻²⁴ of ‖h‖·‖w‖, the square root as its H roundings
       have either sign;
     - where the hidden states are rounded before the product (a model may scale them instead of its logits; TF32 rounds
-      both factors), 4 such units of √Σ(h·w)², about seven standard deviations of H independent roundings.
+      both factors): 2.5 such units of √Σ(h·w)², at least four standard deviations of H independent roundings.
 
     Call that δ_v for token v. Then its log-probability `z_v − log Σ exp z` differs by at most δ_v + log Σ p_v·exp δ_v.
-    All V of each row are held to it, so that a scale of 1.01 shows in bf16 too: it moves an entry by 1 % of its
-    distance from the mean logit, more than the two roundings of 0.2 % of each, unless all logits lie far from 0 on the
-    same side. Of the labels, the fused head's own log-probabilities are held to twice that: they are rounded too.
+    All V of each row are held to it. Of the labels, the fused head's own log-probabilities are held to twice that: they
+    are rounded too.
+
+    Another scale shows where every entry for itself lies within that: in the slope `Σ (z'_v − z_v)·c_v / Σ c_v²` over
+    all rows, c_v = z_v less its row's mean, which is the factor less 1. Roundings have either sign: of the
+    `Σ δ_v·|c_v| / Σ c_v²` to which all of one sign would add up, 0.3 is four standard deviations of 64 of them, and
+    there are more; and u where there is a scale or a cap, which the model may hold rounded. So a factor of 1.01 is seen
+    in bf16, with a bias too, and one of 1.02 with a scale and a cap as well, unless the mean logit is larger than the
+    deviation of the logits from it.
 
     Args:
         own: (n, V) logits as the model's own forward gives them.
@@ -108,10 +115,10 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     """
     logit_scale, softcap, temperature = scored.scale
     u = torch.finfo(scored.dtype).eps / 2
-    sums = 8 * math.sqrt(scored.width) * torch.finfo(scored.products.dtype).eps / 2
-    roundings = 2 + (not isinstance(scored.bias, float)) + (logit_scale != 1)
-    factors = 4 * (u * (logit_scale != 1) + 2.0**-10 * scored.tf32)
-    worst, slack = _Worst(), 0.0
+    sums = 4 * math.sqrt(scored.width) * torch.finfo(scored.products.dtype).eps / 2
+    roundings = 1 + own.is_cuda + (not isinstance(scored.bias, float)) + (logit_scale != 1)
+    factors = 2.5 * (u * (logit_scale != 1) + 2.0**-10 * scored.tf32)
+    worst, slack, slope = _Worst(), 0.0, torch.zeros(3, dtype=torch.float64, device=own.device)
     for start in range(0, own.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         x = (scored.products[rows] + scored.bias) * logit_scale
@@ -124,7 +131,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
             delta = delta * (capped / x).abs().nan_to_num(1.0) + 3 * u * capped.abs()
             x = capped
         z, delta = x / temperature, delta / abs(temperature)
-        logps = z.log_softmax(-1)
+        logps, of_logit = z.log_softmax(-1), delta
         delta = delta + (logps + delta).logsumexp(-1, keepdim=True).clamp(min=0)
 
         def scores(logits: Tensor, like: Tensor = z) -> Tensor:
@@ -134,7 +141,11 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
         if again is not None:
             delta = delta + 4 * (theirs - scores(again[rows])).abs().nan_to_num(0.0)
         # A masked entry changes the others by its probability, which they show.
-        masked = own[rows] <= torch.finfo(own.dtype).min / 2
+        masked = ~own[rows].isfinite() | (own[rows] <= torch.finfo(own.dtype).min / 2)
+        c = (z - z.mean(-1, keepdim=True)).masked_fill(masked, 0.0)
+        moved = (theirs - logps).masked_fill(masked, 0.0)
+        moved = moved - moved.mean(-1, keepdim=True)
+        slope += torch.stack([x.sum(dtype=torch.float64) for x in (moved * c, of_logit * c.abs(), c * c)])
         labels = scored.labels[rows].unsqueeze(-1)
         slack += 2 * delta.gather(-1, labels).sum().item() / own.shape[0]
         for mine, found, allowed, columns in (
@@ -149,6 +160,11 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
                 numbers = (x[row, column].item() for x in (found, mine, allowed))
                 worst = _Worst(highest, token, *numbers)
     worst.slack = slack
+    moved, explained, size = slope.tolist()
+    if size > 0:
+        worst.scale = 1 + moved / size
+        allowed = 0.3 * explained / size + u * (logit_scale != 1 or softcap is not None)
+        worst.excess = max(worst.excess, abs(moved / size) / allowed)
     return worst
 
 
@@ -239,7 +255,8 @@ def first_batch(
                         problem = (
                             f"{name}: over {len(scored.labels)} tokens its own logits give log-probabilities of "
                             f"{total:.6g} in all, the fused head {mine:.6g}; for token {worst.token} of one of them "
-                            f"{worst.own:.6g} and {worst.fused:.6g}, where rounding explains {worst.allowed:.2g}. "
+                            f"{worst.own:.6g} and {worst.fused:.6g}, where rounding explains {worst.allowed:.2g}; its own "
+                            f"logits are {worst.scale:.6g} times as large. "
                             "Likely causes: a head that does more than multiply (a layer before it, a mask on its "
                             "logits, a forward of its own), a hook on the head, another scale or soft cap"
                         )
