@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import dtensor
 from ..distributed import Ranks
-from ..stages import autocast_dtype
+from ..stages import gemm_dtype
 from . import verify as verification
 from .trl_scoring import ChunkedLogProbFunction, scored_by, scores_as_trl, trl_utils
 
@@ -200,9 +200,7 @@ class _Recorder:
         weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
         given = hidden.to(weight.dtype) if self.in_fp32 else hidden
         scale = (float(logit_scale), softcap, float(temperature))
-        self.scored = verification.Scored.of(
-            given, weight, bias, targets, scale, autocast_dtype(given, given.dtype), found[0]
-        )
+        self.scored = verification.Scored.of(given, weight, bias, targets, scale, gemm_dtype(given), found[0])
         return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, dtensor, reference
 from ..distributed import Ranks
-from ..stages import autocast_dtype, linear_scores
+from ..stages import linear_scores
 from .patching import load
 
 trl_utils = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
@@ -52,10 +52,7 @@ class ChunkedLogProbFunction:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         scale = (float(logit_scale), final_logit_softcapping, float(temperature))
         wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
-        dtype = autocast_dtype(hidden, hidden.dtype)
-        logps, *extra = linear_scores(
-            hidden, weight, bias, targets, None, (False, -100, *scale), None, wanted, "auto", dtype=dtype
-        )
+        logps, *extra = linear_scores(hidden, weight, bias, targets, None, (False, -100, *scale), None, wanted, "auto")
         found = dict(zip(("entropy", "mean_logits", "is_top1"), extra))
         squares = None
         if "log_sum_sq_probs" in outputs:
