@@ -99,6 +99,17 @@ def scoring(shift: object, ignore_index: object, temperature: object, backend: o
     choice("backend", backend, NAMES)
 
 
+def vocabulary_size(vocab: object, columns: int, sharded: bool) -> None:
+    """`vocab` is None or, but where a vocabulary group has more than these, the number of `columns` given."""
+    if vocab is None:
+        return
+    integer("vocab", vocab)
+    if vocab < 1 or not (sharded or vocab == columns):
+        raise ValueError(
+            f"vocab: expected {'a size >= 1' if sharded else f'{columns}, the columns given'}, got {vocab}"
+        )
+
+
 def unshifted(shift: bool, context_group: object) -> None:
     """A rank does not have the label of the token after its last one."""
     if shift and context_group is not None:
@@ -326,11 +337,14 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def debugging() -> bool:
+    """Whether to look also at what costs time: values on a GPU, and what ranks may hold in common."""
+    return os.environ.get("KTO_KERNELS_DEBUG") == "1"
+
+
 def _readable(tensor: Tensor) -> bool:
     """Whether to look at values: always on the CPU, elsewhere (it waits for the device) under KTO_KERNELS_DEBUG=1."""
-    if tensor.device.type == "cpu":
-        return True
-    return tensor.device.type != "meta" and os.environ.get("KTO_KERNELS_DEBUG") == "1"
+    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and debugging())
 
 
 def row_values(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, ignore_index: int, prefix: str = "") -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import checks, reference
 
 _BITS = 62  # of a header's number that say which sequences a rank has tokens of
+_DEBUG = "KTO_KERNELS_DEBUG=1"  # what it compares is exchanged by all ranks or by none
 _DIGEST = (1 << 20) - 1  # squares of digests, summed over thousands of ranks, are exact in fp64
 
 
@@ -169,20 +170,28 @@ class Ranks:
         cu_seqlens: Tensor | None = None,
         kl_cu_seqlens: Tensor | None = None,
         steps: dict[str, Any] | None = None,
+        *,
+        shards: dict[str, Tensor | None],
+        tokens: dict[str, Tensor | None] | None = None,
         **layout: Any,
     ) -> VocabShard | None:
-        """Compares options and layout within the vocabulary and the context group, and checks that the labels are in
-        the vocabulary of all ranks, and the offsets. With such a group it waits for the device.
+        """Compares options and layout within the vocabulary and the context group, and checks the size of the vocabulary
+        of all ranks where the option `vocab` says it, that the labels are in this vocabulary, and the offsets. With such
+        a group it waits for the device.
 
         Args:
             columns: of the logits that this rank has.
             steps: what else a vocabulary group must share, so that its ranks take the same steps.
+            shards, tokens: by name the arguments of which each rank of the vocabulary and of the context group has a part
+                of its own.
 
         Returns:
             With a vocabulary group, where this rank's `columns` of the logits are.
 
         Raises:
-            ValueError: a label is outside the vocabulary, or offsets do not rise from 0 to N (seen on the CPU only).
+            ValueError: a label is outside the vocabulary, or offsets do not rise from 0 to N (seen on the CPU only). On
+                every rank, where the vocabulary has another size than `vocab`; or, under KTO_KERNELS_DEBUG=1, two ranks
+                hold the same part.
             RuntimeError: on every rank, where another one's checks failed or what it was given is not what the others
                 were: options, layout, and in a vocabulary group the labels.
         """
@@ -190,14 +199,24 @@ class Ranks:
             return None
         everything = [labels.flatten(), *([] if kl_labels is None else [kl_labels.flatten()])]
         shapes = [tuple(labels.shape), None if kl_labels is None else tuple(kl_labels.shape)]
-        shard = None
+        shard, debug = None, {_DEBUG: checks.debugging()}
+        tokens = {name: part for name, part in (tokens or {}).items() if part is not None}
+        parts = {} if self.context is None else fingerprints(**tokens)
         if self.vocab is not None:
-            same = self._same(layout | {"shapes of labels and kl_labels": shapes} | (steps or {}))
+            same = self._same(layout | {"shapes of labels and kl_labels": shapes} | (steps or {}) | debug)
             header = _header(labels.device, same, columns, torch.cat(everything))
             with Ranks(context=self.context, process=self.process)._telling(labels.device):
                 sizes, _ = _compare("vocab_group", self.vocab, header, same)
                 if sum(sizes) == 0:
                     raise ValueError("vocab_group: expected a column of the vocabulary on one rank at least, got none")
+                if self.options.get("vocab") not in (None, sum(sizes)):
+                    raise ValueError(
+                        f"vocab: expected {sum(sizes)}, the sum of the columns {sizes} of vocab_group's ranks, got "
+                        f"{self.options['vocab']}; logits or heads that are whole on every rank go without vocab_group"
+                    )
+                _refuse_copies("vocab_group", self.vocab, fingerprints(**shards))
+            # One verdict of the context group for all ranks of this one, of which one may have no column.
+            parts = {name: gather(part, self.vocab).sum(0) for name, part in parts.items()}
             mine = dist.get_rank(self.vocab)
             shard = VocabShard(self.vocab, sum(sizes[:mine]), sum(sizes), max(sizes))
             columns = shard.vocab
@@ -210,14 +229,21 @@ class Ranks:
                     checks.offset_values(f"{prefix}cu_seqlens", offsets, its_labels.numel())
         if self.context is not None:
             here = reference.per_sequence(labels != ignore_index, cu_seqlens) > 0
-            self.agree_on(labels.device, here, **layout)
+            self.agree_on(labels.device, here, parts, given=list(tokens), **layout)
         return shard
 
-    def agree_on(self, device: torch.device, here: Tensor | None = None, **layout: Any) -> None:
-        """The context group's part of `agree`: `here` (B,) says which sequences have tokens on this rank."""
+    def agree_on(
+        self,
+        device: torch.device,
+        here: Tensor | None = None,
+        parts: dict[str, Tensor] | None = None,
+        **layout: Any,
+    ) -> None:
+        """The context group's part of `agree`: `here` (B,) says which sequences have tokens on this rank, `parts` are
+        fingerprints of them."""
         if self.context is None:
             return
-        same = self._same(layout)
+        same = self._same(layout | {_DEBUG: checks.debugging()})
         header = _header(device, same)
         if here is not None:
             # A header holds few bits: many sequences share them, with neighbours, and are open where one of these is.
@@ -226,6 +252,7 @@ class Ranks:
             header[4] = (bits << torch.arange(_BITS, device=device)).sum()
         with Ranks(process=self.process)._telling(device):
             _, held = _compare("context_group", self.context, header, same)
+            _refuse_copies("context_group", self.context, parts or {})
         if here is not None:
             mine = held.pop(dist.get_rank(self.context))
             common = mine & functools.reduce(operator.or_, held)
@@ -304,6 +331,37 @@ def _compare(name: str, group: dist.ProcessGroup, header: Tensor, same: dict[str
     if len({checksum for *_, checksum, _ in headers}) > 1:
         raise RuntimeError(f"{name}: expected the same labels on every rank of the group, got different ones")
     return [columns for _, _, columns, *_ in headers], [bits for *_, bits in headers]
+
+
+def fingerprints(**parts: Tensor | None) -> dict[str, Tensor]:
+    """Under KTO_KERNELS_DEBUG=1, which reads all of each part: checksums () of the bits, else nothing. 0 stands for a part
+    that is empty, or one number throughout: such parts may be equal."""
+    if not checks.debugging():
+        return {}
+    return {name: _fingerprint(part.detach()) for name, part in parts.items() if part is not None}
+
+
+def _fingerprint(part: Tensor) -> Tensor:
+    if part.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    bits = part.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[part.itemsize])
+    rows = bits.sum(-1, dtype=torch.int64).flatten()
+    places = torch.arange(1, len(rows) + 1, device=part.device)
+    return torch.where(part.amin() == part.amax(), 0, (rows * places).sum())
+
+
+def _refuse_copies(name: str, group: dist.ProcessGroup, parts: dict[str, Tensor]) -> None:
+    """Raises, on every rank, where two of them have one fingerprint. What was gathered before and is given with a group
+    all the same would count once for every rank, and its shape does not tell."""
+    if not parts:
+        return
+    for argument, prints in zip(parts, gather(torch.stack(list(parts.values())), group).t().tolist()):
+        same = [rank for rank, its in enumerate(prints) if its != 0 and prints.count(its) > 1]
+        if same:
+            raise ValueError(
+                f"{argument}: expected another part on each rank of {name}, got the same on ranks {same}; tensors that "
+                f"are whole on every rank go without {name}"
+            )
 
 
 def _difference(name: str, group: dist.ProcessGroup, same: dict[str, str]) -> str:

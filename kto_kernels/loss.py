@@ -61,6 +61,7 @@ def kto_loss(
     inplace_backward: bool = False,
     process_group: Any = None,
     vocab_group: Any = None,
+    vocab: int | None = None,
     context_group: Any = None,
     backend: str = "auto",
 ) -> KTOOutput:
@@ -95,14 +96,20 @@ def kto_loss(
             (`mesh["dp"]`); the ranks of a group call with the same options. With any of them the stages are separate
             operators.
             process_group: data parallel. z0 is that of all ranks' mismatched completions, however many each has (none
-            included): one all-reduce, hidden behind the policy's pass. `kl` as a number is taken as it is.
+            included): one all-reduce, hidden behind the policy's pass. `kl` as a number is taken as it is. Ranks may
+            have the same completions: z0, a mean, does not change.
             vocab_group: each rank has some columns of every logits tensor, in the order of ranks, and the same rest. As
             many as it likes, none included; of a padded vocabulary pass the real ones, `logits[..., :n]`. One gather of
             three numbers a row for each tensor; the backward exchanges nothing. Every rank returns the same bits.
+            Logits that are whole on every rank go without it: with it each column counts once for every rank, which
+            `vocab` finds, and KTO_KERNELS_DEBUG=1.
             context_group: each rank has some tokens of every sequence, and the same B-sized tensors; packed ranks all
             have B + 1 offsets, into their own tokens. `shift` must be False. Every rank returns the whole loss, and gets the gradient
             of its own tokens: that of a parameter is the sum over the group, so a wrapper that averages over these ranks
-            too needs the loss times their number.
+            too needs the loss times their number. Whole sequences on every rank count once for every rank, which
+            KTO_KERNELS_DEBUG=1 finds.
+        vocab: the size of the whole vocabulary, to check against the columns given, with a `vocab_group` against the sum
+            of all its ranks' columns. None: it is what is given.
         backend: "auto", or a name out of `available_backends()`.
 
     Logits and labels may be DTensors: their rows, and the columns of the vocabulary group, are this rank's; see
@@ -116,10 +123,14 @@ def kto_loss(
             looked at (that would wait for the device) but under KTO_KERNELS_DEBUG=1, see `kto_kernels.checks`.
         RuntimeError: the backend named is not available; another rank of a group has other options or failed its
             checks; or, in backward, the gradient is differentiated again, or the logits have been overwritten.
+
+    Under KTO_KERNELS_DEBUG=1 (on all ranks or on none) also what each rank of a `vocab_group` or `context_group` holds is
+    read: a ValueError on every rank where two hold the same numbers, unless these are one number throughout.
     """
     ranks = Ranks.of(
         process_group=process_group,
         vocab_group=vocab_group,
+        vocab=vocab,
         context_group=context_group,
         beta=beta,
         desirable_weight=desirable_weight,
@@ -145,6 +156,7 @@ def kto_loss(
         checks.scoring(shift, ignore_index, temperature, backend)
         sharded = ranks.vocab is not None
         count = checks.rows(logits, labels, cu_seqlens, sharded=sharded)
+        checks.vocabulary_size(vocab, logits.shape[-1], sharded)
         scalars = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
         checks.flag("average_log_prob", average_log_prob)
         checks.flag("inplace_backward", inplace_backward)
@@ -188,8 +200,12 @@ def kto_loss(
     if ranks:
         layout = {"sequences": count, "mismatched": kl_count, "dtype": logits.dtype}
         offsets = (cu_seqlens, kl_cu_seqlens)
-        shard = ranks.agree(labels, kl_labels, logits.shape[-1], ignore_index, *offsets, steps, **layout)
-        vocab = logits.shape[-1] if shard is None else shard.vocab
+        every = {"logits": logits, "ref_logits": ref_logits, "kl_logits": kl_logits, "ref_kl_logits": ref_kl_logits}
+        columns = logits.shape[-1]
+        shard = ranks.agree(
+            labels, kl_labels, columns, ignore_index, *offsets, steps, shards=every, tokens=every, **layout
+        )
+        vocab = columns if shard is None else shard.vocab
 
         def scores(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, inplace: bool = False) -> Tensor:
             scoring = (shift, ignore_index, float(temperature))
@@ -299,6 +315,7 @@ def linear_kto_loss(
     cu_seqlens: Tensor | None = None,  # (B + 1,)
     process_group: Any = None,
     vocab_group: Any = None,
+    vocab: int | None = None,
     context_group: Any = None,
     backend: str = "auto",
 ) -> KTOOutput:
@@ -337,6 +354,7 @@ def linear_kto_loss(
             `hidden`, whose gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more
             for each of `outputs`) and, where gradients are formed, an all-reduce of its hidden states' gradient, in the
             GEMMs' dtype. `max_logits_bytes` is what the rank with the most columns takes.
+        vocab: as for `kto_loss`, against the rows of `weight`.
         backend: "auto", or a name out of `available_backends()`: what scores the chunks. The GEMMs are PyTorch's.
 
     Hidden states, labels and heads may be DTensors, FSDP2's parameters among them: rows are this rank's; a head is gathered
@@ -359,6 +377,7 @@ def linear_kto_loss(
     ranks = Ranks.of(
         process_group=process_group,
         vocab_group=vocab_group,
+        vocab=vocab,
         context_group=context_group,
         beta=beta,
         desirable_weight=desirable_weight,
@@ -392,6 +411,7 @@ def linear_kto_loss(
         outputs = checks.outputs(outputs, OUTPUTS)
         sharded = ranks.vocab is not None
         checks.head(hidden, weight, bias, sharded=sharded)
+        checks.vocabulary_size(vocab, weight.shape[0], sharded)
         count = checks.hidden_rows(hidden, labels, cu_seqlens)
         beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
         checks.flag("average_log_prob", average_log_prob)
@@ -445,7 +465,11 @@ def linear_kto_loss(
     dtype = gemm_dtype(hidden)
     layout = {"sequences": count, "mismatched": kl_count, "dtype": dtype}
     offsets = (cu_seqlens, kl_cu_seqlens)
-    shard = ranks.agree(labels, kl_labels, weight.shape[0], ignore_index, *offsets, steps, **layout)
+    heads = {"weight": weight, "ref_weight": ref_weight}
+    states = {"hidden": hidden, "ref_hidden": ref_hidden, "kl_hidden": kl_hidden, "ref_kl_hidden": ref_kl_hidden}
+    shard = ranks.agree(
+        labels, kl_labels, weight.shape[0], ignore_index, *offsets, steps, shards=heads, tokens=states, **layout
+    )
     scoring = (shift, ignore_index, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
 
     vocab = weight.shape[0] if shard is None else shard.vocab

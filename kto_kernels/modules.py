@@ -32,6 +32,7 @@ class KTOLoss(nn.Module):
         inplace_backward: bool = False,
         process_group: Any = None,
         vocab_group: Any = None,
+        vocab: int | None = None,
         context_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -49,6 +50,7 @@ class KTOLoss(nn.Module):
             "inplace_backward": inplace_backward,
             "process_group": process_group,
             "vocab_group": vocab_group,
+            "vocab": vocab,
             "context_group": context_group,
             "backend": backend,
         }
@@ -117,6 +119,7 @@ class LinearKTOLoss(nn.Module):
         shift: bool = False,
         process_group: Any = None,
         vocab_group: Any = None,
+        vocab: int | None = None,
         context_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -138,6 +141,7 @@ class LinearKTOLoss(nn.Module):
             "shift": shift,
             "process_group": process_group,
             "vocab_group": vocab_group,
+            "vocab": vocab,
             "context_group": context_group,
             "backend": backend,
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks, dtensor, linear_ops, ops, reference
 from .backends import select
-from .distributed import Ranks, sums_over_ranks
+from .distributed import Ranks, fingerprints, sums_over_ranks
 from .output import KTOOutput
 from .plan import LinearPlan
 
@@ -30,6 +30,7 @@ def token_logps(
     temperature: float = 1.0,
     inplace_backward: bool = False,
     vocab_group: Any = None,
+    vocab: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Stage 1, the seam: `ℓ_n = log softmax(logits_n / temperature)[label_n]`, differentiable, in nats.
@@ -42,18 +43,23 @@ def token_logps(
 
     Raises: as `kto_loss`.
     """
-    ranks = Ranks.of(vocab_group=vocab_group, shift=shift, ignore_index=ignore_index, temperature=temperature)
+    ranks = Ranks.of(
+        vocab_group=vocab_group, vocab=vocab, shift=shift, ignore_index=ignore_index, temperature=temperature
+    )
     with ranks.checks(logits):
         given = logits
         logits, labels = dtensor.rows(ranks, logits=logits, labels=labels)
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.rows(logits, labels, None, packed=False, sharded=ranks.vocab is not None)
+        checks.vocabulary_size(vocab, logits.shape[-1], ranks.vocab is not None)
         checks.flag("inplace_backward", inplace_backward)
         if inplace_backward:
             checks.in_place(given)
         refuse_now(ranks, backend, logits)
         steps = common_steps(ranks, backend, logits.device, logits.dtype)
-    shard = ranks.agree(labels, None, logits.shape[-1], ignore_index, steps=steps, dtype=logits.dtype)
+    shard = ranks.agree(
+        labels, None, logits.shape[-1], ignore_index, steps=steps, shards={"logits": logits}, dtype=logits.dtype
+    )
     return logits_scores(
         logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
     )
@@ -72,6 +78,7 @@ def linear_token_logps(
     temperature: float = 1.0,
     max_logits_bytes: int | None = None,
     vocab_group: Any = None,
+    vocab: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in all three, without
@@ -91,6 +98,7 @@ def linear_token_logps(
     """
     ranks = Ranks.of(
         vocab_group=vocab_group,
+        vocab=vocab,
         shift=shift,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -103,11 +111,14 @@ def linear_token_logps(
         checks.scoring(shift, ignore_index, temperature, backend)
         checks.head_scale(logit_scale, softcap, max_logits_bytes)
         checks.head(hidden, weight, bias, sharded=ranks.vocab is not None)
+        checks.vocabulary_size(vocab, weight.shape[0], ranks.vocab is not None)
         checks.hidden_rows(hidden, labels, None, packed=False)
         refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
         dtype = gemm_dtype(hidden)
         steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes)
-    shard = ranks.agree(labels, None, weight.shape[0], ignore_index, steps=steps, dtype=dtype)
+    shard = ranks.agree(
+        labels, None, weight.shape[0], ignore_index, steps=steps, shards={"weight": weight}, dtype=dtype
+    )
     logps, *_ = linear_scores(
         hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
         max_logits_bytes, (), backend, shard=shard
@@ -259,7 +270,8 @@ def sequence_logps(
             raise ValueError("labels: needed with average_log_prob=True, to count the scored tokens")
         checks.unshifted(shift, ranks.context)
     if ranks:
-        ranks.agree_on(logps.device, sequences=len(logps) if cu_seqlens is None else len(cu_seqlens) - 1)
+        count = len(logps) if cu_seqlens is None else len(cu_seqlens) - 1
+        ranks.agree_on(logps.device, parts=fingerprints(logps=logps.unsqueeze(-1)), sequences=count)
     scored = None
     if average_log_prob:
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index

@@ -67,6 +67,8 @@ def packed(offsets, **changes):
 # argument for are not made.
 TABLE = {
     # Types, ranks, shapes, devices
+    "vocab another": (SCORING, {"vocab": 2 * V}, ValueError, f"vocab: expected {V}, the columns given, got {2 * V}"),
+    "vocab float": (SCORING, {"vocab": float(V)}, TypeError, "vocab: expected an int, got float"),
     "logits no tensor": (FROM_LOGITS, {"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
     "logits integer": (FROM_LOGITS, {"logits": LOGITS.long()}, TypeError, "logits: expected dtype"),
     "logits complex": (FROM_LOGITS, {"logits": LOGITS.cfloat()}, TypeError, "logits: expected dtype"),

@@ -2,6 +2,7 @@
 tokens: those of hidden states side by side, those of the head added up, are the whole ones."""
 
 import contextlib
+import os
 import random
 from unittest import mock
 
@@ -499,6 +500,50 @@ def test_a_rank_with_bad_input(change, said):
 def test_shift_is_refused_on_every_rank():
     for message in pool().run(one_differs, {"shift": True}, range(4)):
         assert message.startswith("ValueError: shift: with a context_group") and "pass shift=False" in message
+
+
+def whole_sequences(rank, vocabulary):
+    """The whole batch on every rank of the context group: from logits, from hidden states, and from log-probabilities."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    groups = {"context_group": mesh["cp"]} if vocabulary else {"context_group": dist.group.WORLD}
+    found = []
+    for p in (problem(), linear_problem((6, 3, 9, 4))):
+        given = arguments(p)
+        if vocabulary:  # one of its ranks has no column, and cannot see by itself what the other does
+            columns = slice(0, 0) if mesh["tp"].get_local_rank() else slice(None)
+            given, groups = some_columns(given, columns), groups | {"vocab_group": mesh["tp"]}
+        with mock.patch.dict(os.environ, KTO_KERNELS_DEBUG="1"), pytest.raises(ValueError) as error:
+            run(given, **groups)
+        found.append(str(error.value))
+        with mock.patch.dict(os.environ, KTO_KERNELS_DEBUG="1"):  # the right parts raise nothing
+            run(some_tokens(given, zigzag(mesh["cp"].get_local_rank(), 2)), **groups | {"context_group": mesh["cp"]})
+    with mock.patch.dict(os.environ, KTO_KERNELS_DEBUG="1"), pytest.raises(ValueError) as error:
+        sequence_logps(torch.randn(3, 4), context_group=dist.group.WORLD)
+    return [*found, str(error.value)]
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_whole_sequences_given_with_a_group(vocabulary):
+    """Each token would count once for every rank."""
+    for messages in pool().run(whole_sequences, vocabulary):
+        for argument, message in zip(("logits", "hidden", "logps"), messages, strict=True):
+            assert message.startswith(f"{argument}: expected another part on each rank of context_group, got the same")
+
+
+def one_without_a_reference(rank):
+    given = some_tokens(arguments(linear_problem(kl="number")), CUTS["equal"](rank, 4))
+    if rank == 1:
+        given |= {"ref_logps": torch.zeros(5), "ref_hidden": None, "ref_weight": None, "ref_bias": None}
+    with pytest.raises(RuntimeError, match=r"disagree: given is .*'ref_hidden'\], \['hidden'\], .* order of ranks"):
+        run(given, context_group=dist.group.WORLD)
+
+
+def test_a_rank_that_is_given_another_reference():
+    """The others would wait for its part of the reference's sums."""
+    pool().run(one_without_a_reference)
 
 
 def number_of_sequences(rank):

@@ -1,6 +1,11 @@
 """Vocabulary parallel: each rank has some columns of the logits, or some rows of the head. What it computes is what one
 process would, with one gather of three numbers a row and one all-reduce of a chunk's hidden gradient."""
 
+import contextlib
+import functools
+import os
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +15,15 @@ from rank_pool import counted, distributed, group, pool
 from shard_harness import arguments, assert_near, assert_same_sequences, run, some_columns, some_sequences
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_kernels import LinearPlan, linear_kto_loss, linear_token_logps, token_logps
+from kto_kernels import (
+    KTOLoss,
+    LinearKTOLoss,
+    LinearPlan,
+    kto_loss,
+    linear_kto_loss,
+    linear_token_logps,
+    token_logps,
+)
 
 pytestmark = distributed
 
@@ -486,6 +499,115 @@ def test_no_rank_has_a_column():
     nothing |= {"kl_logits": torch.zeros(3, 4, 0), "ref_kl_logits": torch.zeros(3, 4, 0)}
     for kind, message in pool().run(failing, dict.fromkeys(range(4), nothing), False):
         assert kind == "ValueError" and message.startswith("vocab_group: expected a column of the vocabulary")
+
+
+# What was gathered before ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+DEBUG = mock.patch.dict(os.environ, KTO_KERNELS_DEBUG="1")
+
+
+def scored(rank, columns, debug=False, module=False, uniform=False, vocab=None):
+    """Each function that takes a vocabulary group, of `columns(rank)` of the logits or the head: its loss or the sum of
+    its log-probabilities, or what it raises. `uniform`: of logits and heads that are 0 everywhere."""
+    # A reference that was gathered too would be wrong by as much, and hide it.
+    logits, linear = problem(ref="logps", ref_kl="logps"), linear_problem(LENGTHS, ref="logps")
+    if uniform:
+        logits.logits.zero_(), linear.weight.zero_()
+    group = {"vocab_group": dist.group.WORLD, "vocab": vocab}
+    calls = {}
+    for name, p in (("logits", logits), ("hidden", linear)):
+        whole = arguments(p)
+        part = some_columns(whole, columns(rank, p.logits.shape[-1] if name == "logits" else VOCAB))
+        first = [part.pop(name) for name in (name, *(["weight"] if name == "hidden" else [])) if name in part]
+        labels, desirable = part.pop("labels"), part.pop("desirable")
+        loss, layer, logps = {
+            "logits": (kto_loss, KTOLoss, token_logps),
+            "hidden": (linear_kto_loss, LinearKTOLoss, linear_token_logps),
+        }[name]
+        loss = layer(**group) if module else functools.partial(loss, **group)
+        calls[f"loss, {name}"] = lambda f=loss, a=(*first, labels, desirable), k=part: f(*a, **k).loss.item()
+        calls[f"logps, {name}"] = lambda f=logps, a=(*first, labels): f(*a, **group).sum().item()
+    found = {}
+    with DEBUG if debug else contextlib.nullcontext():
+        for name, call in calls.items():
+            try:
+                found[name] = call()
+            except (ValueError, RuntimeError) as error:
+                found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def all_columns(rank, vocab):
+    return slice(0, vocab)
+
+
+def uneven_columns(rank, vocab):
+    return columns_of(rank, "uneven", vocab)
+
+
+def first_half_twice(rank, vocab):
+    return slice(0, vocab // 2) if rank % 2 else slice(vocab // 2 + rank, vocab)
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("module", [False, True])
+def test_whole_logits_or_heads_given_with_a_group(module):
+    """Their columns would count once for every rank: log 4 too much in each log-sum-exp."""
+    silent, found = (pool().run(scored, all_columns, debug, module) for debug in (False, True))
+    right = pool().run(scored, uneven_columns, False, module)
+    for rank in range(4):
+        for name, number in silent[rank].items():
+            assert abs(number - right[rank][name]) > 1e-4
+            argument = "logits" if "logits" in name else "weight"
+            assert found[rank][name] == (
+                f"ValueError: {argument}: expected another part on each rank of vocab_group, got the same on ranks "
+                "[0, 1, 2, 3]; tensors that are whole on every rank go without vocab_group"
+            )
+
+
+@pytest.mark.parametrize("name, vocab", [("logits", 131), ("hidden", VOCAB)])
+def test_the_size_of_the_vocabulary(name, vocab):
+    whole = pool().run(scored, all_columns, False, True, False, vocab)
+    right = pool().run(scored, uneven_columns, False, True, False, vocab)
+    without = pool().run(scored, uneven_columns, False, True)
+    for rank in range(4):
+        for call in (f"loss, {name}", f"logps, {name}"):
+            assert right[rank][call] == without[rank][call]
+            assert whole[rank][call] == (
+                f"ValueError: vocab: expected {4 * vocab}, the sum of the columns {[vocab] * 4} of vocab_group's ranks, "
+                f"got {vocab}; logits or heads that are whole on every rank go without vocab_group"
+            )
+
+
+def test_two_ranks_with_equal_columns():
+    for found in pool().run(scored, first_half_twice, True):
+        for name, said in found.items():
+            assert said.startswith("ValueError: logits:" if "logits" in name else "ValueError: weight:")
+            assert "on ranks [1, 3];" in said
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_debugging_changes_nothing_else(split, uniform):
+    """Ranks without a column, and columns of zeros, as a head may begin with, are alike and right."""
+    columns = functools.partial(columns_in, split)
+    runs = [pool().run(scored, columns, debug, False, uniform) for debug in (False, True)]
+    assert runs[0] == runs[1] and all(isinstance(number, float) for number in runs[0][0].values())
+
+
+def columns_in(split, rank, vocab):
+    return columns_of(rank, split, vocab)
+
+
+def one_debugs(rank):
+    disagree = pytest.raises(RuntimeError, match="disagree: KTO_KERNELS_DEBUG=1 is False, True, False, False")
+    with DEBUG if rank == 1 else contextlib.nullcontext(), disagree:
+        token_logps(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), vocab_group=dist.group.WORLD)
+
+
+def test_one_rank_debugs():
+    pool().run(one_debugs)
 
 
 def outside_its_dimension(rank):

@@ -88,6 +88,7 @@ def test_signatures_of_the_contract(name):
         "inplace_backward": False,
         "process_group": None,
         "vocab_group": None,
+        "vocab": None,
         "context_group": None,
         "backend": "auto",
     }
