@@ -390,6 +390,25 @@ def test_patch_trl_is_undone(trl):
         assert (vars(trl.owner)["get_batch_logps"], vars(trl.owner)["kto_loss"]) == before
 
 
+def test_patch_trl_without_effect_on_a_trainer(trl):
+    """One that inherits from TRL's and has both methods of its own; not one that has one of them."""
+
+    class Half(trl.KTOTrainer):
+        def kto_loss(self): ...
+
+    patch = patch_trl_kto()
+    assert patch.replaced == tuple(f"{__name__}.{trl.owner.__qualname__}.{n}" for n in ("get_batch_logps", "kto_loss"))
+    unpatch_trl_kto()
+
+    class Own(Half):
+        get_batch_logps = None
+
+    with pytest.warns(
+        UserWarning, match=r"^patch_trl_kto: trl .*: without effect on .*Own, which has a get_batch_logps"
+    ):
+        patch_trl_kto()
+
+
 def test_patch_trl_takes_the_shorter_signature(trl):
     """TRL 1.0 to 1.5."""
     trl.owner.get_batch_logps = staticmethod(lambda logits, labels, average_log_prob=False: None)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+
 import torch
 from torch import Tensor, nn
 
-from .. import checks, reference
+from .. import checks, dtensor, reference
+from ..distributed import Ranks
 from ..loss import linear_kto_loss
 from ..stages import linear_token_logps, sequence_logps
 from .patching import Patch, Replaced, check_call, holders, load, original, undo, version
@@ -27,6 +33,8 @@ def liger_fused_linear_kto(
     use_ref_model: bool = True,
     average_log_prob: bool = False,
     chunk_size: int = 1,
+    *,
+    count_ignored: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """In place of `liger_kernel.chunked_loss.functional.liger_fused_linear_kto`, in its order of arguments.
 
@@ -43,12 +51,15 @@ def liger_fused_linear_kto(
         use_ref_model: with a reference; without, its log-probabilities count as 0.
         average_log_prob: sequence log-probabilities are means over the scored tokens instead of sums.
         compiled, chunk_size: have no effect; how the work is cut follows from the memory it takes, and changes no result.
+        count_ignored: whether the logits sums take in the tokens that no target scores, prompts and padding, as Liger's
+            do. Liger has no such argument. False leaves these tokens out: the sums are of the scored tokens alone, as
+            the log-probabilities are.
 
     Returns:
         `(loss, (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
         rejected_rewards_sum))`, all () fp32 (fp64 for fp64 `_input`): the mean loss over the B sequences, and sums over
-        those of each class, without gradient: of log-probabilities, of all V logits of every scored token, and of
-        rewards `beta · (logps − ref_logps)`.
+        those of each class, without gradient: of log-probabilities, of all V logits of every token (of every scored
+        token with `count_ignored=False`), and of rewards `beta · (logps − ref_logps)`.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -59,11 +70,12 @@ def liger_fused_linear_kto(
           sequence's reference point, and stops with an error at most other sizes.
         - A sequence without a scored token: Liger's mean log-probability, and with it the loss and every gradient, is
           NaN; here it is 0.
-        - The logits sums: Liger's take in the prompt and the padding. They agree where no token is ignored.
+        - The logits sums of bf16 and fp16 are those of the exact logits; Liger adds up logits that were rounded.
         - `1 − σ(x)`, which is 0 from x ≈ 17 in fp32, is computed without that loss of digits, and the gradient of the
           head is summed in fp32 whatever its dtype.
         - Under `torch.no_grad()` no gradient is computed.
     """
+    weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)  # the logits sums need a head that is whole
     checks.head(_input, weight, bias, name="_input")
     if _input.dim() != 3:
         raise ValueError(f"_input: expected (B, T, H), got shape {tuple(_input.shape)}")
@@ -75,6 +87,7 @@ def liger_fused_linear_kto(
     checks.integer("ignore_index", ignore_index)
     checks.flag("use_ref_model", use_ref_model)
     checks.flag("average_log_prob", average_log_prob)
+    checks.flag("count_ignored", count_ignored)
 
     ref_logps = torch.zeros(count, dtype=torch.float64, device=_input.device)
     if use_ref_model:
@@ -99,19 +112,38 @@ def liger_fused_linear_kto(
         bias=bias,
         ref_logps=ref_logps + _reference_points(kl, _input),
         kl=0.0,
-        outputs=("mean_logits",),
         beta=beta,
         average_log_prob=average_log_prob,
         ignore_index=ignore_index,
     )
     rewards = beta * reference.log_ratio(out.logps, ref_logps)
-    logits = out.mean_logits.double().sum(-1) * weight.shape[0]
+    logits = _logits_sums(_input, weight, bias, None if count_ignored else target != ignore_index)
     sums = [
         torch.where(side, values, 0.0).sum().to(out.loss.dtype)
         for values in (out.logps, logits, rewards)
         for side in (preference_labels, ~preference_labels)
     ]
     return out.loss, tuple(sums)
+
+
+@torch.no_grad()
+def _logits_sums(
+    hidden: Tensor,  # (B, T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    counted: Tensor | None,  # (B, T) bool; None: every token
+) -> Tensor:  # (B,)
+    """The sums over each sequence's tokens and over the vocabulary of `h·W_v + b_v`, in fp64. They need no logits: they are
+    `(Σ_t h_t)·(Σ_v W_v) + T·Σ_v b_v`, which costs one pass over the hidden states and one over the head."""
+    tokens = hidden.new_full(hidden.shape[:1], hidden.shape[1], dtype=torch.float64)
+    if counted is not None:
+        hidden, tokens = hidden.masked_fill(~counted.unsqueeze(-1), 0.0), counted.sum(-1).double()
+    of_hidden = hidden.sum(1, dtype=reference.compute_dtype(hidden.dtype)).double()
+    of_weight = weight.sum(0, dtype=reference.compute_dtype(weight.dtype)).double()
+    sums = (of_hidden * of_weight).sum(-1)
+    if bias is None:
+        return sums
+    return sums + torch.where(tokens == 0, 0.0, tokens * bias.sum(dtype=torch.float64))  # a bias may be -inf
 
 
 def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | float:
@@ -138,6 +170,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         use_ref_model: bool = False,
         average_log_prob: bool = False,
         chunk_size: int = 1,
+        *,
+        count_ignored: bool = True,
     ):
         super().__init__()
         self.ignore_index = ignore_index
@@ -146,6 +180,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         self.use_ref_model = use_ref_model
         self.average_log_prob = average_log_prob
         self.chunk_size = chunk_size
+        self.count_ignored = count_ignored
 
     def forward(
         self,
@@ -176,6 +211,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
             use_ref_model=self.use_ref_model,
             average_log_prob=self.average_log_prob,
             chunk_size=self.chunk_size,
+            count_ignored=self.count_ignored,
         )
 
     def extra_repr(self) -> str:
@@ -186,16 +222,22 @@ class LigerFusedLinearKTOLoss(nn.Module):
 
 
 _REPLACED: list[Replaced] = []
+_TRL_TRAINER = "trl.trainer.kto_trainer"
 
 
 def patch_liger() -> Patch:
     """Puts our `LigerFusedLinearKTOLoss` and `liger_fused_linear_kto` wherever an imported module holds Liger's:
     `liger_kernel.chunked_loss`, its submodules, and trainers that have imported them (TRL 0.17 to 1.12 with
-    `use_liger_kernel=True`).
+    `use_liger_kernel=True`). The result lists the places: `print(patch_liger())`.
 
     Call it before the trainer is made, which keeps the loss it was made with; or use it as a context manager, which
     leaves what it found. A second call replaces what has appeared since. A module that imports the names while they are
     replaced keeps ours after `unpatch_liger()`.
+
+    Warns:
+        UserWarning: TRL's KTO trainer is imported, before the call or while the patch is in place, and is of a version
+            that does not call Liger's loss (1.13 and later, and before 0.17), and no other module holds that loss: the
+            patch has no effect on the trainer.
 
     Raises:
         ImportError: liger_kernel is not installed, or has no `chunked_loss`.
@@ -216,9 +258,46 @@ def patch_liger() -> Patch:
     for peer, ours in ((theirs, LigerFusedLinearKTOLoss), (their_function, liger_fused_linear_kto)):
         for holder, name in list(holders(peer)):
             patch.replace(holder, name, ours)
+    if _TRL_TRAINER in sys.modules:
+        _warn_without_effect(getattr(sys.modules[_TRL_TRAINER], "__spec__", None))
+    elif _WATCH not in sys.meta_path:
+        sys.meta_path.insert(0, _WATCH)
     return patch
 
 
 def unpatch_liger() -> None:
     """Puts Liger's own class and function back; nothing where they are in place."""
     undo(_REPLACED)
+
+
+class _Watch(MetaPathFinder):
+    """Sees the import of TRL's KTO trainer behind a call of `patch_liger`, and leaves it to the other finders."""
+
+    def find_spec(self, name, path, target=None):
+        if name == _TRL_TRAINER:
+            sys.meta_path.remove(self)
+            if _REPLACED:
+                _warn_without_effect(PathFinder.find_spec(name, path))
+        return None
+
+
+_WATCH = _Watch()
+
+
+def _warn_without_effect(trainer: ModuleSpec | None) -> None:
+    """Warns where nobody would call what `patch_liger` has put in place: TRL's KTO trainer does not name Liger's loss in
+    its source, and no module beside Liger's own and ours holds it."""
+    loader = getattr(trainer, "loader", None)
+    source = loader.get_source(trainer.name) if isinstance(loader, InspectLoader) else None
+    # From TRL 0.27 to 1.5 the trainer is defined in trl.experimental.kto, where it calls Liger's loss.
+    if source is None or "LigerFusedLinearKTO" in source or "experimental.kto" in source:
+        return
+    for ours in (LigerFusedLinearKTOLoss, liger_fused_linear_kto):
+        if any(module.__name__.split(".")[0] not in ("liger_kernel", "kto_kernels") for module, _ in holders(ours)):
+            return
+    warnings.warn(
+        f"patch_liger: without effect on TRL's KTOTrainer: that of {version('trl')} does not call Liger's loss (those of "
+        "TRL 0.17 to 1.12 do, with use_liger_kernel=True). Our loss is under TRL 1.16 with FusedKTOTrainer or patch_trl() "
+        "of kto_kernels.integrations.trl, and under TRL 0.8 to 1.5 with kto_kernels.integrations.logps.patch_trl_kto().",
+        stacklevel=1,
+    )

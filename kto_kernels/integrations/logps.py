@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..stages import kto_loss_from_logps, sequence_logps, token_logps
-from .patching import Patch, Replaced, check_call, load, original, undo, version
+from .patching import Patch, Replaced, check_call, load, original, subclasses, undo, version
 
 
 def selective_log_softmax(
@@ -202,7 +204,11 @@ def patch_trl_kto() -> Patch:
     """Replaces `get_batch_logps` and `kto_loss` in the class of TRL (0.8 to 1.5) that defines them for `trl.KTOTrainer`;
     trainers that inherit them get ours too, also those that exist already.
 
-    As a context manager it leaves what it found; a second call changes nothing.
+    As a context manager it leaves what it found; a second call changes nothing. A trainer with `use_liger_kernel=True`
+    calls neither method: `kto_kernels.integrations.liger.patch_liger` is for that.
+
+    Warns:
+        UserWarning: a trainer that is imported inherits from the class, but has both methods of its own.
 
     Raises:
         ImportError: trl is not installed, or its KTOTrainer cannot be imported.
@@ -223,6 +229,13 @@ def patch_trl_kto() -> Patch:
     patch = Patch(_TRL)
     patch.replace(owner, "get_batch_logps", _STATIC)
     patch.replace(owner, "kto_loss", kto_loss)
+    for cls in subclasses(owner):
+        if getattr_static(cls, "get_batch_logps") is not _STATIC and getattr_static(cls, "kto_loss") is not kto_loss:
+            warnings.warn(
+                f"{what}: without effect on {cls.__module__}.{cls.__qualname__}, which has a get_batch_logps and a kto_loss "
+                "of its own",
+                stacklevel=1,
+            )
     return patch
 
 

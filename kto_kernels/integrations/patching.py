@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
+logger = logging.getLogger("kto_kernels")
+
 Replaced = tuple[Any, str, Any]  # the module or class, its attribute, what it held before
 
 
 class Patch(AbstractContextManager):
-    """What one call of a `patch_*` function replaced. As a context manager it ends with the state that the call found;
-    otherwise the replacement stays until the matching `unpatch_*`."""
+    """What one call of a `patch_*` function replaced: its `repr` and `replaced` name the places, and each is logged. As a
+    context manager it ends with the state that the call found; otherwise the replacement stays until the matching
+    `unpatch_*`."""
 
     def __init__(self, log: list[Replaced]):
         self._log = log  # of all calls that still hold
@@ -28,9 +32,22 @@ class Patch(AbstractContextManager):
             setattr(owner, name, ours)
             self._mine.append((owner, name, held))
             self._log.append(self._mine[-1])
+            logger.info("%s is ours now", self.replaced[-1])
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The full names of what this call replaced; none where an earlier call had done it."""
+        return tuple(".".join((*_path(owner), name)) for owner, name, _ in self._mine)
+
+    def __repr__(self) -> str:
+        return f"Patch({', '.join(self.replaced) or 'nothing that was not ours already'})"
 
     def __exit__(self, *_) -> None:
         undo(self._log, self._mine)
+
+
+def _path(owner: Any) -> tuple[str, ...]:
+    return (owner.__name__,) if isinstance(owner, ModuleType) else (owner.__module__, owner.__qualname__)
 
 
 def undo(log: list[Replaced], entries: list[Replaced] | None = None) -> None:
@@ -57,6 +74,13 @@ def holders(value: Any) -> Iterator[tuple[ModuleType, str]]:
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
             yield from [(module, name) for name, held in list(vars(module).items()) if held is value]
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    """Every class that inherits from the class, directly or not."""
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses(sub)
 
 
 def load(module: str, caller: str, distribution: str) -> ModuleType:
