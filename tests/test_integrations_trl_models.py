@@ -20,6 +20,7 @@ import peft
 import trl
 from trl_harness import MODELS, SIZE, assert_same_training, make_tokenizer, rows, train
 
+from kto_kernels.integrations import trl_scoring
 from kto_kernels.integrations.trl import FusedKTOTrainer, patch_trl
 
 
@@ -258,25 +259,23 @@ def test_a_head_of_another_dtype_than_its_backbone(wide, loss_type, trainer):
         assert rewards(entry) and not any(rewards(entry)), entry
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("precomputed", [False, True], ids=["", "precomputed"])
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-@pytest.mark.parametrize("policy", [torch.bfloat16, torch.float32])
-def test_a_reference_of_another_dtype_is_scored_in_the_policys(policy, loss_type, verify, trainer, monkeypatch):
-    from kto_kernels.integrations import trl_scoring
-
+@pytest.mark.parametrize("policy", [torch.bfloat16, torch.float32], ids=["bf16 policy", "fp32 policy"])
+def test_a_reference_of_another_dtype_is_scored_in_the_policys(policy, loss_type, precomputed, trainer, monkeypatch):
     other = torch.float32 if policy == torch.bfloat16 else torch.bfloat16
-    seen = []
-    apply = trl_scoring.ChunkedLogProbFunction.apply
+    seen, function = [], trl_scoring.ChunkedLogProbFunction
+    apply = function.apply
     monkeypatch.setattr(
-        trl_scoring.ChunkedLogProbFunction, "apply",
-        staticmethod(lambda hidden, weight, *args: seen.append((hidden.dtype, weight.dtype)) or apply(hidden, weight, *args)),
-    )  # fmt: skip
+        function, "apply", staticmethod(lambda h, w, *args: seen.append((h.dtype, w.dtype)) or apply(h, w, *args))
+    )
+    options = {"loss_type": loss_type, "verify": False, "max_steps": 1, "precompute_ref_log_probs": precomputed}
     model, reference = llama().to(policy), llama().to(other)
-    trainer(model, ref_model=reference, loss_type=loss_type, verify=verify, max_steps=1).train()
+    count = {"kto": 13, "apo_zero_unpaired": 14}[loss_type]  # of rows: TRL caches what it precomputed of the same
+    trainer(model, ref_model=reference, count=count, **options).train()
     scored = [hidden for hidden, weight in seen if weight == other]
-    in_the_check = 1 if verify else 0  # which verifies the reference in a dtype of its own
-    assert len(scored) == in_the_check + (2 if loss_type == "kto" else 1)
-    assert [dtype for dtype in scored if dtype != policy] == [other] * in_the_check
+    batches = math.ceil(count / 4) if precomputed else 1
+    assert scored == [policy] * (batches * (2 if loss_type == "kto" else 1))
 
 
 def test_log_sum_sq_probs_in_the_dtype_of_the_log_probs():

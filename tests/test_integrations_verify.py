@@ -155,6 +155,18 @@ def test_log_probs_are_those_of_the_models_own_logits(name, dtype):
     torch.testing.assert_close(verified(model).double(), right, **allowed)
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"cast_lm_head_to_fp32": True}])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "ModernBERT-decoder"])
+def test_options_of_other_trainers_raise_no_alarm(name, options):
+    """As GRPO has them: a temperature, and a head in fp32 beside a model in bf16."""
+    model = (RIGHT | MODELS)[name]().to(torch.bfloat16).eval()
+    right = expected(model) if "temperature" not in options else None
+    found = verified(model, **options)
+    assert right is None or torch.allclose(found.double(), right, rtol=1e-3, atol=0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        verified(copy.deepcopy(model).float(), **options)
+
+
 @pytest.mark.parametrize("name", ["ModernBERT-decoder", "RecurrentGemma"])
 def test_every_parameter_trains_as_with_the_models_own_logits(name):
     """The layer in front of the head too."""

@@ -207,15 +207,29 @@ class FusedKTOTrainer(KTOTrainer):
         if verify not in (True, False, "full"):
             raise ValueError(f"verify: expected True, False or 'full', got {verify!r}")
         self._full_check_is_due = verify == "full"
-        self._policy_scores = InDtypeOf()
+        self._policy_scores, self._dtype_known_for = InDtypeOf(), None
         self._known_kl_logps: tuple[Any, Tensor | None] | None = None
         head = functools.partial(add_fused_lm_head, verify=bool(verify), caller="FusedKTOTrainer")
         with mock.patch.object(kto_trainer, "add_fused_lm_head", head):
             super().__init__(*args, **kwargs)
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        with scored_by(ChunkedLogProbFunction):  # TRL calls this in its constructor too
-            return super()._precompute_ref_logps(*args, **kwargs)
+    def compute_ref_log_probs(self, model: Any, inputs: dict) -> Any:
+        """TRL's, for `precompute_ref_log_probs`, in its constructor too."""
+        if self.ref_model is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # Those two would cast the policy only later. Its reference, they cast likewise.
+            with self.accelerator.autocast():
+                self._learn_the_policys_dtype(self.model, inputs)
+        with scored_by(InDtypeOf(self._policy_scores)):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _learn_the_policys_dtype(self, model: Any, batch: dict) -> None:
+        """Of its hidden states, where no forward has told it yet: by one over a few tokens, once in training and once
+        in evaluation."""
+        if self._dtype_known_for != self.model.training:
+            self._dtype_known_for = self.model.training
+            labels, some = verification.window(_labels(batch), _model_inputs(batch))
+            with verification.quiet(self.model), scored_by(self._policy_scores):
+                model(**some, use_cache=False, labels=labels, fused_lm_head=True)
 
     def _compute_kl_logps(self, model: Any, batch: dict) -> Tensor | None:
         if self._known_kl_logps is not None and model is self._known_kl_logps[0]:
@@ -251,14 +265,11 @@ class FusedKTOTrainer(KTOTrainer):
     def _fused_loss(self, model: Any, inputs: dict, return_outputs: bool) -> Any:
         device = self.accelerator.device
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        labels = _labels(batch)
         with scored_by(self._policy_scores):
             kl_logps = super()._compute_kl_logps(model, batch)
-            if self._policy_scores.dtype is None and not self.precompute_ref_logps:
-                # Nothing has told the dtype of the policy's hidden states yet, which the reference comes before.
-                some, piece = verification.window(labels, _model_inputs(batch))
-                with verification.quiet(self.model):
-                    model(**piece, use_cache=False, labels=some, fused_lm_head=True)
+        if not self.calculate_KL and not self.precompute_ref_logps:
+            self._learn_the_policys_dtype(model, batch)
         ref_logps, ref_kl_logps = self._reference(batch, labels)
         kl = None
         if self.calculate_KL:
@@ -293,6 +304,10 @@ class FusedKTOTrainer(KTOTrainer):
         models = [model for model in (self.model, self.ref_model) if model is not None]
         allowed = slope * 4 * 4 * math.sqrt(longest) * max(map(rounding, models))
         verification.same_loss(type(self.model).__name__, mine.detach(), theirs.detach(), allowed + 1e-6)
+
+
+def _labels(batch: dict) -> Tensor:
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
 
 
 def _model_inputs(batch: dict) -> dict:

@@ -163,7 +163,7 @@ class FusedHead:
                 "context, or inputs under unknown names)", self.caller, type(model).__name__
             )  # fmt: skip
             return
-        recorder = _Recorder(self.options["cast_lm_head_to_fp32"])
+        recorder = _Recorder(gemm_dtype(_head(model)[0]) if self.options["cast_lm_head_to_fp32"] else None)
 
         def fused() -> verification.Scored:
             with scored_by(recorder):
@@ -189,8 +189,8 @@ def rounding(model: nn.Module) -> float:
 class _Recorder:
     """Scores as usual, and keeps what the fused head was given."""
 
-    def __init__(self, in_fp32: bool):
-        self.in_fp32 = in_fp32  # the fused head alone, where the model's own is in its own dtype
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype = dtype  # of the model's own head, where the fused one is in fp32 all the same
         self.scored: verification.Scored | None = None
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
@@ -198,7 +198,7 @@ class _Recorder:
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
         weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
-        given = hidden.to(weight.dtype) if self.in_fp32 else hidden
+        given = hidden if self.dtype is None else hidden.to(self.dtype)
         scale = (float(logit_scale), softcap, float(temperature))
         self.scored = verification.Scored.of(given, weight, bias, targets, scale, gemm_dtype(given), found[0])
         return found

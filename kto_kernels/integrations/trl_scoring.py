@@ -121,7 +121,7 @@ def scores_as_trl() -> bool:
 
 class InDtypeOf:
     """Scores one model as another: with its hidden states cast to the dtype that the other's last had, and so its head
-    too. `None` as the other: scores as usual."""
+    too. Without another, or before that one has scored, as usual."""
 
     def __init__(self, other: InDtypeOf | None = None):
         self.other = other
@@ -129,4 +129,5 @@ class InDtypeOf:
 
     def apply(self, hidden: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         self.dtype = hidden.dtype
-        return ChunkedLogProbFunction.apply(hidden if self.other is None else hidden.to(self.other.dtype), *args)
+        dtype = None if self.other is None else self.other.dtype
+        return ChunkedLogProbFunction.apply(hidden if dtype is None else hidden.to(dtype), *args)
