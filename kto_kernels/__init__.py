@@ -1,5 +1,6 @@
 """kto_kernels: fused KTO (Kahneman-Tversky Optimization) losses for PyTorch. Start reading at `kto_kernels.loss`."""
 
+from . import _requirements  # noqa: F401  (first: it stops an older PyTorch with a plain word)
 from ._version import __version__
 from .backends import available_backends
 from .loss import kto_loss, linear_kto_loss

@@ -304,33 +304,12 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_without_a_compiler_the_build_names_the_way_out(tmp_path):
-    environment = {"PATH": str(tmp_path), "CXX": "no-such-compiler", "HOME": str(tmp_path)}
-    run = subprocess.run(
-        [
-            sys.executable,
-            "setup.py",
-            "build_ext",
-            "--build-temp",
-            str(tmp_path / "t"),
-            "--build-lib",
-            str(tmp_path / "l"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode != 0
-    assert "no C++ compiler found" in run.stderr and "KTO_KERNELS_CPU=0" in run.stderr
-
-
 def test_without_the_extension_auto_takes_torch_and_says_so(tmp_path):
-    """As after `KTO_KERNELS_CPU=0 pip install .`: nothing falls back silently."""
+    """As after `KTO_KERNELS_CPU=0 pip install .`: nothing falls back silently, it is a warning."""
     code = """
 import sys, logging
 sys.modules["kto_kernels._cpu"] = None
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
 import torch, kto_kernels
 x, y = torch.randn(2, 3, 9), torch.zeros(2, 3, dtype=torch.int64)
 kto_kernels.token_logps(x, y)
@@ -343,7 +322,7 @@ except RuntimeError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert run.stdout.count("backend='torch' for float32 logits on cpu; not 'cpu'") == 1
-    assert run.stdout.count("build without KTO_KERNELS_CPU=0") == 3
+    assert run.stdout.count("install again with KTO_KERNELS_CPU=1") == 3
 
 
 def test_incremental_build_compiles_nothing_again(tmp_path):

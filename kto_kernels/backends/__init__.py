@@ -50,14 +50,18 @@ def select(name: str, device: torch.device, dtype: torch.dtype, argument: str = 
 
 @functools.cache
 def _automatic(device_type: str, dtype: torch.dtype) -> Backend:
-    passed_over = []
+    device, passed_over = torch.device(device_type), []
     for name in PREFERENCE.get(device_type, ("torch",)):
         backend = BACKENDS[name]
-        reason = backend.unavailable(torch.device(device_type))
+        reason = backend.unavailable(device)
         if reason is None and dtype not in backend.dtypes:
             reason = f"it does not take {_names([dtype])}"
         if reason is None:
-            logger.info(
+            # PyTorch's operators in place of kernels that would take these logits, if they were there: a warning.
+            others = [BACKENDS[other] for other, _ in passed_over]
+            slow = name == "torch" and any(dtype in other.dtypes and other.unavailable(device) for other in others)
+            logger.log(
+                logging.WARNING if slow else logging.INFO,
                 "backend=%r for %s logits on %s%s",
                 name,
                 _names([dtype]),

@@ -55,7 +55,10 @@ class CpuBackend(StagedBackend):
 
     def unavailable(self, device):
         if _cpu is None:
-            return f"the C++ extension kto_kernels._cpu is not there ({_import_error}); build without KTO_KERNELS_CPU=0"
+            return (
+                f"the C++ extension kto_kernels._cpu is not there ({_import_error}). It is built where a C++ compiler is "
+                "found; to learn what is missing, install again with KTO_KERNELS_CPU=1 and pip's --no-cache-dir"
+            )
         if device.type != "cpu":
             return f"it runs on CPU tensors, not on {device.type}"
         return None

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._requirements import TRITON, older
 from ..rows import OUTPUTS, ChunkScores, ForwardResult, Rows, Scale, Sequences, strides
 from .base import Backend
 
@@ -21,6 +22,8 @@ _import_error = None
 try:
     import triton
 
+    if older(triton.__version__, TRITON):
+        raise ImportError("Triton {}.{} or later is needed, found {}".format(*TRITON, triton.__version__))
     from . import triton_chunk as chunk_kernels
     from . import triton_kernels as kernels
 except ImportError as error:

@@ -1,5 +1,6 @@
-// The look-up of the OpenMP runtime: LIBRARY is loaded here as torch is on aarch64, visible to itself alone, and brings
-// the runtime. It must be found through LIBRARY, its threads must do the work, and there must be none before.
+// The look-up of the OpenMP runtime: LIBRARY is loaded here as torch is on aarch64, visible to
+// itself alone, and brings the runtime. It must be found through LIBRARY, its threads must do the
+// work, and there must be none before.
 #include <dlfcn.h>
 #include <stdio.h>
 
