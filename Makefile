@@ -29,7 +29,7 @@ test-sdist: $(VENV)/test.stamp  ## the package that `pip install --no-binary` ma
 	KTO_KERNELS_CUDA=0 $(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --find-links $(SDIST) \
 		--no-binary kto-kernels --target $(SDIST)/site kto-kernels
 	cd $(SDIST) && PYTHONPATH=site $(CURDIR)/$(BIN)/python -P -c \
-		"import kto_kernels as k; assert '/site/' in k.__file__ and k.available_backends()['cpu'] is None"
+		"import kto_kernels as k; from kto_kernels import _cpu as c; assert all('/site/' in m.__file__ for m in (k, c)) and k.available_backends()['cpu'] is None"
 
 sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	PYTHON=$(BIN)/python tests/native/run.sh
