@@ -180,18 +180,22 @@ class HeadGradient:
                 backend.scale_(total, factor)
 
     def result(self, weight: Tensor, bias: Tensor | None, unit: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(dW, db) in the dtypes of the head as it was given; zeros where no row came, empty where not needed. Those
-        of an fp16 head stay fp32: what scales them up against underflow comes later."""
+        """(dW, db) in `gradient_dtype` of the head as it was given; zeros where no row came, empty where not needed."""
 
-        def finish(needed: bool, total: Tensor | None, like: Tensor | None) -> Tensor:
-            if not needed:
-                return weight.new_empty(0)
-            dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
-            if total is None:
-                return torch.zeros(like.shape, dtype=dtype, device=like.device)
+        def finish(needed: bool, total: Tensor | None, like: Tensor) -> Tensor:
+            dtype = gradient_dtype(like.dtype)
+            if not needed or total is None:
+                return torch.zeros(like.shape if needed else 0, dtype=dtype, device=like.device)
             return (total if unit is None else total.mul_(unit)).to(dtype)
 
+        bias = weight if bias is None else bias
         return finish(self.needs.weight, self.weight, weight), finish(self.needs.bias, self.bias, bias)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient that an operator returns of a part of the head. That of an fp16 head stays fp32: what scales it up
+    against underflow comes later."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, first_dtype: torch.dtype) -> Tensor:

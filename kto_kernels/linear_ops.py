@@ -30,6 +30,7 @@ from .linear import (
     LossCoefficients,
     Needs,
     ScoredRows,
+    gradient_dtype,
     power_of_two_below,
     scored_lengths,
     scored_targets,
@@ -68,6 +69,11 @@ def _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, widest=None, 
     )
 
 
+def _operator(name: str):
+    """Registers an operator that reads on the host how many rows are scored."""
+    return custom_op(f"{ops.NAMESPACE}::{name}", mutates_args=(), tags=ops.READS_ON_THE_HOST)
+
+
 def _names(outputs: str) -> tuple[str, ...]:
     """Schemas know no lists of strings."""
     return tuple(filter(None, outputs.split(",")))
@@ -92,22 +98,20 @@ def _fake_token_outputs(labels, outputs: str, dtype: torch.dtype) -> list[Tensor
 
 
 def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias) -> tuple[Tensor, Tensor, Tensor]:
-    def empty(needed, like, shape):
-        dtype = torch.float32 if like.dtype == torch.float16 and like is not hidden else like.dtype
-        return torch.empty(shape, dtype=dtype, device=like.device) if needed else like.new_empty(0, dtype=dtype)
+    def empty(needed, shape, dtype):
+        return torch.empty(shape if needed else 0, dtype=dtype, device=hidden.device)
 
-    bias_like = weight if bias is None else bias
     return (
-        empty(needs_hidden, hidden, hidden.shape),
-        empty(needs_weight, weight, weight.shape),
-        empty(needs_bias, bias_like, weight.shape[:1]),
+        empty(needs_hidden, hidden.shape, hidden.dtype),
+        empty(needs_weight, weight.shape, gradient_dtype(weight.dtype)),
+        empty(needs_bias, weight.shape[:1], gradient_dtype((weight if bias is None else bias).dtype)),
     )
 
 
 # Token log-probabilities ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@custom_op("kto_kernels::linear_token_logps", mutates_args=())
+@_operator("linear_token_logps")
 def linear_token_logps(
     hidden: Tensor,  # (B, T, H) or (N, H)
     weight: Tensor,  # (V, H)
@@ -130,10 +134,12 @@ def linear_token_logps(
     offset: int = 0,
     vocab: Optional[int] = None,
     widest: int = 0,
+    numbers: Optional[Tensor] = None,  # logit_scale, softcap, temperature, where they are data
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale = ops.read(numbers, logit_scale, softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
-            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype,
             backend, VocabShard.of(group, offset, vocab, widest), prefix
         )  # fmt: skip
         needs = Needs(hidden=gradient)
@@ -157,7 +163,8 @@ def _(
 
 def _token_logps_context(ctx, inputs, output):
     hidden, weight, bias, labels, cu_seqlens, *options, _, ctx.formed, ctx.inplace, backend, _ = inputs[:17]
-    ctx.shard = inputs[17:]
+    *ctx.shard, numbers = inputs[17:]
+    ctx.spent = []
     _, entropy, *extra, dhidden = output
     # Over ranks the entropy is for logging only.
     ctx.has_entropy = "entropy" in _names(inputs[12]) and ctx.shard[0] is None
@@ -166,20 +173,21 @@ def _token_logps_context(ctx, inputs, output):
     ctx.options, ctx.backend = options, backend
     # The entropy's gradient, which few ask for, is made in the backward from the logits.
     inputs = (None,) * 3 if ctx.formed and not ctx.has_entropy else (hidden, weight, bias)
-    ctx.save_for_backward(dhidden if ctx.formed else None, *inputs, labels, cu_seqlens)
+    ctx.save_for_backward(dhidden if ctx.formed else None, *inputs, labels, cu_seqlens, numbers)
 
 
 @ops.once
 def _token_logps_backward(ctx, grad, entropy_grad, *_):
     if grad is None and entropy_grad is None:
-        return (None,) * 21
-    dhidden, hidden, weight, bias, labels, cu_seqlens = _saved(ctx)
+        return (None,) * 22
+    ops.check_unspent(ctx, _HANDED_OVER)
+    dhidden, hidden, weight, bias, labels, cu_seqlens, numbers = ctx.saved_tensors
     if ctx.formed and entropy_grad is None:
         shift, ignore_index = ctx.options[:2]
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
         dhidden = _own(ctx, dhidden)
         scale_rows_(dhidden, torch.where(scored, grad, 0.0))
-        return dhidden, *(None,) * 20
+        return dhidden, *(None,) * 21
     needs = ctx.needs_input_grad[:3]
     gradients = linear_backward(
         torch.zeros_like(entropy_grad) if grad is None else grad,
@@ -193,28 +201,24 @@ def _token_logps_backward(ctx, grad, entropy_grad, *_):
         *needs,
         ctx.backend,
         *ctx.shard,
+        numbers=numbers,
     )
-    return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 18
+    return *_wanted(gradients, needs, _dtypes(hidden, weight, bias)), *(None,) * 19
 
 
-def _saved(ctx) -> tuple[Tensor | None, ...]:
-    """The saved tensors, gradients that the forward formed among them. A backward scales those in place and hands them
-    over, so that there is no second copy."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            raise RuntimeError(
-                "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first "
-                "backward; for a second one call it again"
-            ) from error
-        raise
+_HANDED_OVER = (
+    "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first backward; for a second "
+    "one call it again"
+)
 
 
 def _own(ctx, gradient: Tensor) -> Tensor:
-    """What may be scaled in place. A traced graph must not change what its forward returned: its compiler decides where
-    a copy is needed."""
-    return gradient if ctx.inplace and type(gradient) is Tensor else gradient.clone()
+    """A gradient that the forward formed, as what may be scaled in place and handed over, so that there is no second
+    copy. A traced graph must not change what its forward returned: its compiler decides where a copy is needed."""
+    if not (ctx.inplace and type(gradient) is Tensor):
+        return gradient.clone()
+    ctx.spent.append(True)
+    return gradient
 
 
 def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
@@ -225,7 +229,7 @@ def _wanted(gradients, needs, dtypes) -> tuple[Tensor | None, ...]:
     return tuple(gradient.to(dtype) if needed else None for gradient, needed, dtype in zip(gradients, needs, dtypes))
 
 
-@custom_op("kto_kernels::linear_backward", mutates_args=())
+@_operator("linear_backward")
 def linear_backward(
     grad: Tensor,  # labels-shaped
     entropy_grad: Optional[Tensor],  # labels-shaped
@@ -249,10 +253,12 @@ def linear_backward(
     offset: int = 0,
     vocab: Optional[int] = None,
     widest: int = 0,
+    numbers: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    scale = ops.read(numbers, logit_scale, softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
-            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype,
             backend, VocabShard.of(group, offset, vocab, widest)
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -285,7 +291,7 @@ def _(
 # The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@custom_op("kto_kernels::linear_kto", mutates_args=())
+@_operator("linear_kto")
 def linear_kto(
     hidden: Tensor,  # (B, T, H) or (N, H)
     weight: Tensor,  # (V, H)
@@ -320,10 +326,14 @@ def linear_kto(
     offset: int = 0,
     vocab: Optional[int] = None,
     widest: int = 0,
+    numbers: Optional[Tensor] = None,  # as above, and beta, desirable_weight, undesirable_weight
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *scale, beta, desirable_weight, undesirable_weight = ops.read(
+        numbers, logit_scale, softcap, temperature, beta, desirable_weight, undesirable_weight
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, rows, head = _frame(
-            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, (logit_scale, softcap, temperature), dtype,
+            hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, scale, dtype,
             backend, VocabShard.of(group, offset, vocab, widest)
         )  # fmt: skip
         needs = Needs(needs_hidden, needs_weight, needs_bias)
@@ -372,6 +382,7 @@ def _kto_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.inplace, ctx.backend = inputs[27:29]
+    ctx.spent = []
     ctx.dtypes = _dtypes(hidden, weight, bias)
     ctx.save_for_backward(labels, cu_seqlens, slopes, dhidden, dweight, dbias)
 
@@ -379,8 +390,9 @@ def _kto_context(ctx, inputs, output):
 @ops.once
 def _kto_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 33
-    labels, cu_seqlens, slopes, *gradients = _saved(ctx)
+        return (None,) * 34
+    ops.check_unspent(ctx, _HANDED_OVER)
+    labels, cu_seqlens, slopes, *gradients = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = [_own(ctx, gradient) for gradient in gradients]
     if needs[0]:
@@ -394,13 +406,13 @@ def _kto_backward(ctx, grad, *_):
     for gradient, needed in zip(gradients[1:], needs[1:]):
         if needed:
             scale_(gradient, grad, ctx.backend)
-    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 30
+    return *_wanted(gradients, needs, ctx.dtypes), *(None,) * 31
 
 
 # Upstream gradients, in place ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@custom_op("kto_kernels::scale_", mutates_args=("tensor",))
+@custom_op(f"{ops.NAMESPACE}::scale_", mutates_args=("tensor",))
 def scale_(
     tensor: Tensor,  # contiguous
     factor: Tensor,  # ()
@@ -414,7 +426,7 @@ def _(tensor, factor, backend):
     return None
 
 
-@custom_op("kto_kernels::scale_rows_", mutates_args=("tensor",))
+@custom_op(f"{ops.NAMESPACE}::scale_rows_", mutates_args=("tensor",))
 def scale_rows_(
     tensor: Tensor,  # (..., H), contiguous
     factors: Tensor,  # (...)
@@ -437,6 +449,8 @@ def _scale_rows_(tensor: Tensor, factors: Tensor) -> None:
 register_autograd(linear_token_logps, _token_logps_backward, setup_context=_token_logps_context)
 register_autograd(linear_kto, _kto_backward, setup_context=_kto_context)
 
+_registered = getattr(torch.ops, ops.NAMESPACE)
+
 # What FlopCounterMode counts: the GEMMs of the plan, over the scored rows ─────────────────────────────────────────────────
 
 
@@ -451,11 +465,11 @@ def _flops(
     return _plan(lengths, hidden, weight, dtype, needs, max_logits_bytes, widest or None, **options).flops
 
 
-@register_flop_formula(torch.ops.kto_kernels.linear_token_logps, get_raw=True)
+@register_flop_formula(_registered.linear_token_logps, get_raw=True)
 def _(
     hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap, temperature, dtype,
     max_logits_bytes, outputs, gradient, inplace_backward, backend, prefix, group=None, offset=0, vocab=None, widest=0,
-    out_val=None,
+    numbers=None, out_val=None,
 ):  # fmt: skip
     needs = Needs(hidden=gradient)
     return _flops(
@@ -463,11 +477,11 @@ def _(
     )
 
 
-@register_flop_formula(torch.ops.kto_kernels.linear_backward, get_raw=True)
+@register_flop_formula(_registered.linear_backward, get_raw=True)
 def _(
     grad, entropy_grad, hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit_scale, softcap,
     temperature, dtype, max_logits_bytes, needs_hidden, needs_weight, needs_bias, backend, group=None, offset=0,
-    vocab=None, widest=0, out_val=None,
+    vocab=None, widest=0, numbers=None, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(
@@ -476,12 +490,12 @@ def _(
     )  # fmt: skip
 
 
-@register_flop_formula(torch.ops.kto_kernels.linear_kto, get_raw=True)
+@register_flop_formula(_registered.linear_kto, get_raw=True)
 def _(
     hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, desirable_weight, undesirable_weight,
     average_log_prob, reduction, shift, ignore_index, logit_scale, softcap, temperature, dtype, max_logits_bytes,
     long_sequences, outputs, needs_hidden, needs_weight, needs_bias, open_sequences, context_group, inplace_backward,
-    backend, group=None, offset=0, vocab=None, widest=0, out_val=None,
+    backend, group=None, offset=0, vocab=None, widest=0, numbers=None, out_val=None,
 ):  # fmt: skip
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     return _flops(

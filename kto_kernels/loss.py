@@ -242,6 +242,12 @@ def kto_loss(
             token_logps=token_logps.detach(),
         )
 
+    kl_value = 0.0 if kl is None or isinstance(kl, Tensor) else ops.data(float(kl))
+    if isinstance(kl_value, Tensor):  # on the logits' device, where the kernels read it
+        kl, kl_value = torch.zeros((), dtype=torch.float64, device=logits.device) + kl_value, 0.0
+    (*scale, beta, desirable_weight, undesirable_weight), numbers = ops.as_arguments(
+        1.0, None, float(temperature), *scalars
+    )
     loss, logps, ref, rewards, z0, _, token_logps, _ = ops.kto_forward(
         logits,
         labels,
@@ -250,23 +256,24 @@ def kto_loss(
         ref_logits,
         ref_logps,
         kl if isinstance(kl, Tensor) else None,
-        0.0 if kl is None or isinstance(kl, Tensor) else float(kl),
+        kl_value,
         kl_logits,
         ref_kl_logits,
         kl_logps,
         ref_kl_logps,
         kl_labels,
         kl_cu_seqlens,
-        *scalars,
+        beta,
+        desirable_weight,
+        undesirable_weight,
         average_log_prob,
         reduction,
         shift,
         ignore_index,
-        1.0,  # logit_scale
-        None,  # softcap
-        float(temperature),
+        *scale,
         inplace_backward,
         backend,
+        numbers=numbers,
     )
     return KTOOutput(
         loss=loss,
@@ -502,11 +509,12 @@ def linear_kto_loss(
     loss = None
     if any(trains[1:]) and reduction != "none":
         z0 = finish_z0()
+        options, numbers = ops.as_arguments(*scoring[2:], beta, *weights)
         loss, logps, _, token_logps, *extra, _, _, _ = linear_ops.linear_kto(
-            hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, beta, *weights, average_log_prob,
-            reduction, *scoring, dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains,
+            hidden, weight, bias, labels, cu_seqlens, desirable, ref_logps, z0, *options[3:], average_log_prob,
+            reduction, *scoring[:2], *options[:3], dtype, max_logits_bytes, long_sequences, ",".join(outputs), *trains,
             ranks.open_sequences, None if ranks.context is None else ranks.context.group_name, True, backend,
-            *(() if shard is None else shard.arguments)
+            *(() if shard is None else shard.arguments), numbers=numbers
         )  # fmt: skip
     else:
         token_logps, *extra = scores(hidden, weight, bias, labels, cu_seqlens, outputs)

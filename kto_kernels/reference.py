@@ -221,29 +221,32 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
     return logps if ref_logps is None else difference(logps, ref_logps.detach().double())
 
 
-def by_class(desirable: Tensor, like: Tensor, of_desirable: float, of_undesirable: float) -> Tensor:
+Number = float | Tensor  # a Python number, or a () tensor of one
+
+
+def by_class(desirable: Tensor, like: Tensor, of_desirable: Number, of_undesirable: Number) -> Tensor:
     """One number or the other for each sequence, in the precision of `like`."""
-    return torch.full_like(like, of_undesirable).masked_fill(desirable, of_desirable)
+    return torch.zeros_like(like).add(of_undesirable).masked_fill(desirable, of_desirable)
 
 
-def value_argument(r: Tensor, z0: Tensor, desirable: Tensor, beta: float) -> Tensor:
+def value_argument(r: Tensor, z0: Tensor, desirable: Tensor, beta: Number) -> Tensor:
     """`x_i = β(r_i − z0)` for desirable sequences, `β(z0 − r_i)` for undesirable ones."""
     return by_class(desirable, r, beta, -beta) * difference(r, z0)
 
 
-def value(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+def value(r: Tensor, z0: Tensor, desirable: Tensor, beta: Number, weights: tuple[Number, Number]) -> Tensor:
     """`v_i = λ_i·σ(x_i)`, with λ_D for desirable sequences and λ_U for undesirable ones: `weights` in that order."""
     return by_class(desirable, r, *weights) * torch.sigmoid(value_argument(r, z0, desirable, beta))
 
 
-def loss(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+def loss(r: Tensor, z0: Tensor, desirable: Tensor, beta: Number, weights: tuple[Number, Number]) -> Tensor:
     """`λ_i − v_i`, as `λ_i·σ(−x_i)`: `1 − σ(x)` is 0 in fp32 from x ≈ 17. Through the logarithm, so that PyTorch's
     derivative, `λ_i·σ(x_i)·σ(−x_i)`, is exact in both tails too."""
     x = value_argument(r, z0, desirable, beta)
     return by_class(desirable, r, *weights) * torch.exp(torch.nn.functional.logsigmoid(-x))
 
 
-def loss_slope(r: Tensor, z0: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+def loss_slope(r: Tensor, z0: Tensor, desirable: Tensor, beta: Number, weights: tuple[Number, Number]) -> Tensor:
     """`∂loss_i/∂r_i = ∓λ_i·β·σ(x_i)·σ(−x_i)`."""
     x = value_argument(r, z0, desirable, beta)
     slope = by_class(desirable, r, -beta * weights[0], beta * weights[1])

@@ -129,9 +129,10 @@ def linear_token_logps(
 def logits_scores(logits, labels, cu_seqlens, scoring, inplace_backward, backend, shard=None) -> Tensor:
     """The operator behind `token_logps`, of checked arguments."""
     shift, ignore_index, temperature = scoring
+    scale, numbers = ops.as_arguments(1.0, None, temperature)
     logps, _ = ops.token_logps(
-        logits, labels, cu_seqlens, shift, ignore_index, 1.0, None, temperature, inplace_backward, backend,
-        *(() if shard is None else shard.arguments)
+        logits, labels, cu_seqlens, shift, ignore_index, *scale, inplace_backward, backend,
+        *(() if shard is None else shard.arguments), numbers=numbers
     )  # fmt: skip
     return logps
 
@@ -203,7 +204,8 @@ def linear_scores(
     three empty where `outputs` has no such name. `dtype` is that of the policy's GEMMs where these hidden states are
     not the policy's."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    shift, ignore_index, logit_scale, softcap, temperature = scoring
+    shift, ignore_index, *scale = scoring
+    scale, numbers = ops.as_arguments(*scale)
     logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
         hidden,
         weight,
@@ -212,9 +214,7 @@ def linear_scores(
         cu_seqlens,
         shift,
         ignore_index,
-        logit_scale,
-        softcap,
-        temperature,
+        *scale,
         gemm_dtype(hidden) if dtype is None else dtype,
         max_logits_bytes,
         ",".join(outputs),
@@ -223,6 +223,7 @@ def linear_scores(
         backend,
         prefix,
         *(() if shard is None else shard.arguments),
+        numbers=numbers,
     )
     return logps, entropy, mean_logits, is_top1
 
@@ -392,7 +393,7 @@ def reference_point(
         finish()
         if isinstance(kl, Tensor):
             return kl.detach().double().clamp(min=0)
-        return torch.full((), max(0.0, float(kl)), dtype=torch.float64, device=like.device)
+        return torch.zeros((), dtype=torch.float64, device=like.device).add(ops.data(float(kl))).clamp(min=0)
 
     return given
 
@@ -402,8 +403,8 @@ def loss_output(
     ref_logps: Tensor | None,  # (B,)
     z0: Tensor,  # ()
     desirable: Tensor,  # (B,)
-    beta: float,
-    weights: tuple[float, float],
+    beta: float | Tensor,
+    weights: tuple[float | Tensor, float | Tensor],
     reduction: str,
     dtype: torch.dtype,
     loss: Tensor | None = None,  # where it is there already, with its own gradient
@@ -430,11 +431,11 @@ def loss_output(
 
 
 def loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction):
-    """Checks the options of the stages after the seam; returns β, λ_D, λ_U as floats."""
+    """Checks the options of the stages after the seam; returns β, λ_D, λ_U (see `ops.data`)."""
     checks.choice("loss_type", loss_type, LOSS_TYPES)
     checks.choice("reduction", reduction, REDUCTIONS)
     return (
-        checks.number("beta", beta, positive=True),
-        checks.number("desirable_weight", desirable_weight, positive=False),
-        checks.number("undesirable_weight", undesirable_weight, positive=False),
+        ops.data(checks.number("beta", beta, positive=True)),
+        ops.data(checks.number("desirable_weight", desirable_weight, positive=False)),
+        ops.data(checks.number("undesirable_weight", undesirable_weight, positive=False)),
     )

@@ -40,7 +40,8 @@ class TorchBackend(StagedBackend):
         if kl_logps is not None:
             z0 = reference.kl_reference_point(kl_logps, ref_kl_logps)
         else:
-            z0 = torch.as_tensor(kl, dtype=torch.float64, device=logps.device).clamp(min=0)
+            # By a sum, whose number travels with the kernel: a copy from the host would wait for the device.
+            z0 = torch.zeros((), dtype=torch.float64, device=logps.device).add(kl).clamp(min=0)
         r = reference.log_ratio(logps, ref_logps)
         arguments = (r, z0, desirable, options.beta, options.weights)
         slope = reference.loss_slope(*arguments)
