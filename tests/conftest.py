@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter, config):
     outcomes = {number: set() for number in range(1, FAULTS + 1)}
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
-            for name, number in report.user_properties:
+            for name, number in getattr(report, "user_properties", ()):  # a file that fails to load has none
                 if name == "fault":
                     outcomes[number].add(outcome)
     mended = [number for number, seen in outcomes.items() if seen == {"passed"}]

@@ -478,6 +478,26 @@ def test_rounding_is_allowed_and_a_scale_of_a_percent_is_not(dtype, scale, magni
     assert found.excess > 1 and found.scale == pytest.approx(factor, abs=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens, vocab", [(1, 8), (1, 64), (4, 64), (8, 256), (63, 33)])
+def test_a_confident_model_with_few_tokens_raises_no_alarm(dtype, tokens, vocab):
+    """One logit of each row outweighs the others, so that its rounding alone decides what the slope is."""
+    alarms = 0
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(tokens, 64, generator=generator)
+        weight = torch.randn(vocab, 64, generator=generator) / 8
+        labels = torch.arange(tokens) % vocab
+        weight[labels] += 20 * hidden / hidden.square().sum(-1, keepdim=True)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logps = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 0)[0]
+        scored = verification.Scored.of(hidden, weight, None, labels, (1.0, None, 1.0), dtype, logps)
+        own = hidden @ weight.T
+        alarms += verification.compare(own, scored).excess > 1
+        assert verification.compare(own * 1.05, scored).excess > 1
+    assert alarms == 0
+
+
 # Ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

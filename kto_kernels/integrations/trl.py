@@ -223,8 +223,8 @@ class FusedKTOTrainer(KTOTrainer):
             return super().compute_ref_log_probs(model, inputs)
 
     def _learn_the_policys_dtype(self, model: Any, batch: dict) -> None:
-        """Of its hidden states, where no forward has told it yet: by one over a few tokens, once in training and once
-        in evaluation."""
+        """The dtype of the policy's hidden states, where no other forward tells it: by one over a few tokens, at the first
+        batch and whenever training and evaluation alternate, as autocast may be on in one of them alone."""
         if self._dtype_known_for != self.model.training:
             self._dtype_known_for = self.model.training
             labels, some = verification.window(_labels(batch), _model_inputs(batch))

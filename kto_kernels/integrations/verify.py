@@ -81,6 +81,7 @@ class _Worst:
     allowed: float = 0.0
     slack: float = 0.0  # what is allowed for a label, on average
     scale: float = 1.0  # by which the model's own logits are larger
+    scale_allowed: float = 0.0  # how far from 1 rounding may take it
 
 
 def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
@@ -101,11 +102,13 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     are rounded too.
 
     Another scale shows where every entry for itself lies within that: in the slope `Σ (z'_v − z_v)·c_v / Σ c_v²` over
-    all rows, c_v = z_v less its row's mean, which is the factor less 1. Roundings have either sign: of the
-    `Σ δ_v·|c_v| / Σ c_v²` to which all of one sign would add up, 0.3 is four standard deviations of 64 of them, and
-    there are more; and u where there is a scale or a cap, which the model may hold rounded. So a factor of 1.01 is seen
+    all rows, c_v = z_v less its row's mean, which is the factor less 1. Roundings of one sign would add up to
+    `Σ δ_v·|c_v| / Σ c_v²`. They have either sign, and 0.3 of that is four standard deviations where 64 of them weigh the
+    same. Where a few logits outweigh the others (a confident model, and few tokens), four standard deviations are more:
+    `4/√3·√Σ(δ_v·c_v)² / Σ c_v²`, as a rounding is spread evenly over ±δ. The larger of the two is allowed, the whole sum
+    at most; and u where there is a scale or a cap, which the model may hold rounded. So 64 tokens show a factor of 1.01
     in bf16, with a bias too, and one of 1.02 with a scale and a cap as well, unless the mean logit is larger than the
-    deviation of the logits from it.
+    deviation of the logits from it. One token may hide a factor of 1 + 2u.
 
     Args:
         own: (n, V) logits as the model's own forward gives them.
@@ -118,7 +121,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     sums = 4 * math.sqrt(scored.width) * torch.finfo(scored.products.dtype).eps / 2
     roundings = 1 + own.is_cuda + (not isinstance(scored.bias, float)) + (logit_scale != 1)
     factors = 2.5 * (u * (logit_scale != 1) + 2.0**-10 * scored.tf32)
-    worst, slack, slope = _Worst(), 0.0, torch.zeros(3, dtype=torch.float64, device=own.device)
+    worst, slack, slope = _Worst(), 0.0, torch.zeros(4, dtype=torch.float64, device=own.device)
     for start in range(0, own.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         x = (scored.products[rows] + scored.bias) * logit_scale
@@ -145,7 +148,8 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
         c = (z - z.mean(-1, keepdim=True)).masked_fill(masked, 0.0)
         moved = (theirs - logps).masked_fill(masked, 0.0)
         moved = moved - moved.mean(-1, keepdim=True)
-        slope += torch.stack([x.sum(dtype=torch.float64) for x in (moved * c, of_logit * c.abs(), c * c)])
+        terms = (moved * c, of_logit * c.abs(), (of_logit * c).square(), c * c)
+        slope += torch.stack([x.sum(dtype=torch.float64) for x in terms])
         labels = scored.labels[rows].unsqueeze(-1)
         slack += 2 * delta.gather(-1, labels).sum().item() / own.shape[0]
         for mine, found, allowed, columns in (
@@ -160,11 +164,12 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
                 numbers = (x[row, column].item() for x in (found, mine, allowed))
                 worst = _Worst(highest, token, *numbers)
     worst.slack = slack
-    moved, explained, size = slope.tolist()
+    moved, explained, squares, size = slope.tolist()
     if size > 0:
         worst.scale = 1 + moved / size
-        allowed = 0.3 * explained / size + u * (logit_scale != 1 or softcap is not None)
-        worst.excess = max(worst.excess, abs(moved / size) / allowed)
+        explained = min(explained, max(0.3 * explained, 4 * math.sqrt(squares / 3)))
+        worst.scale_allowed = explained / size + u * (logit_scale != 1 or softcap is not None)
+        worst.excess = max(worst.excess, abs(moved / size) / worst.scale_allowed)
     return worst
 
 
@@ -256,7 +261,8 @@ def first_batch(
                             f"{name}: over {len(scored.labels)} tokens its own logits give log-probabilities of "
                             f"{total:.6g} in all, the fused head {mine:.6g}; for token {worst.token} of one of them "
                             f"{worst.own:.6g} and {worst.fused:.6g}, where rounding explains {worst.allowed:.2g}; its own "
-                            f"logits are {worst.scale:.6g} times as large. "
+                            f"logits are {worst.scale:.6g} times as large, where rounding explains a factor within "
+                            f"{worst.scale_allowed:.2g} of 1. "
                             "Likely causes: a head that does more than multiply (a layer before it, a mask on its "
                             "logits, a forward of its own), a hook on the head, another scale or soft cap"
                         )
