@@ -141,7 +141,11 @@ def outputs(
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:  # (...) each
     """By-products of a row's softmax, for logging: `entropy` (`−Σ_v p_v log p_v`, in nats), `mean_logits` (the mean of
-    z over the vocabulary), `is_top1` (whether the target is the first argmax)."""
+    z over the vocabulary), `is_top1` (whether the target is the first argmax of the logits).
+
+    The argmax is that of the logits, not of z: a softcap rises with the logit, but where it saturates, rounding makes
+    different logits equal. Of equal logits it is the first, also where all are −inf; a row whose log-probability is NaN
+    has none."""
     if not names:
         return {}
     z = scaled(logits, logit_scale, softcap, temperature)
@@ -152,7 +156,8 @@ def outputs(
     if "mean_logits" in names:
         values["mean_logits"] = z.mean(-1)
     if "is_top1" in names:
-        values["is_top1"] = z.argmax(-1) == target
+        undefined = token_logps(logits, target, -100, logit_scale, softcap, temperature).isnan()
+        values["is_top1"] = (logits.argmax(-1) == target) & ~undefined
     return values
 
 
@@ -166,8 +171,9 @@ def entropy_grad(
     """`−grad_n · p_v (log p_v + entropy_n) · dz/dx`, the gradient of `Σ_n grad_n entropy_n` to the logits."""
     z = scaled(logits, logit_scale, softcap, temperature)
     log_p = z.log_softmax(-1)
-    weighted = torch.where(z == -torch.inf, 0.0, log_p.exp() * log_p)
-    direction = weighted.sum(-1, keepdim=True) * log_p.exp() - weighted
+    p = log_p.exp().masked_fill(z == -torch.inf, 0.0)
+    weighted = torch.where(z == -torch.inf, 0.0, p * log_p)
+    direction = weighted.sum(-1, keepdim=True) * p - weighted
     return grad.to(z.dtype).unsqueeze(-1) * direction * slope(logits, logit_scale, softcap, temperature)
 
 

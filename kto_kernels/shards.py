@@ -49,7 +49,7 @@ def score_chunk(
 ) -> ChunkScores:
     """`Backend.score_chunk` over the columns of all ranks, `gradient` by a second pass over this rank's own."""
     rows = Rows(logits, labels, None, shift=False, ignore_index=-1, shard=True)
-    more = _local_outputs(backend, logits, labels, scale, outputs)
+    more = _local_outputs(backend, logits, labels, shard.offset, scale, outputs)
     ranks, dtype = _exchanged(shard, backend, rows, scale, more)
     logps, statistics, shares = _combined(ranks, dtype, scale)
     if gradient and logits.numel() > 0:
@@ -98,9 +98,9 @@ def _combined(ranks: _Ranks, dtype: torch.dtype, scale: Scale) -> tuple[Tensor, 
 # By-products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _local_outputs(backend, logits, labels, scale, outputs) -> list[Tensor]:
+def _local_outputs(backend, logits, labels, offset, scale, outputs) -> list[Tensor]:
     """What a rank tells of its columns: their own entropy, the sum of their logits z, and for "is_top1" the highest of
-    its logits, but +inf where that beats a label of its own."""
+    its logits, but NaN where that, or a column of an earlier rank, is known to beat a label of its own."""
     if not outputs:
         return []
     if logits.shape[1] == 0:
@@ -113,7 +113,8 @@ def _local_outputs(backend, logits, labels, scale, outputs) -> list[Tensor]:
         values["mean_logits"] = scores.mean_logits * logits.shape[1]
     if "is_top1" in outputs:
         highest = logits.amax(-1).to(scores.logps.dtype)
-        values["is_top1"] = torch.where((labels == ELSEWHERE) | scores.is_top1, highest, torch.inf)
+        beaten = ~scores.is_top1 | ((highest == -torch.inf) & (offset > 0))
+        values["is_top1"] = highest.masked_fill((labels != ELSEWHERE) & beaten, torch.nan)
     return [values[name] for name in outputs]
 
 
@@ -129,11 +130,12 @@ def _mean_logits(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> T
 def _is_top1(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> Tensor:
     """Whether the label is the first argmax: higher than all before it, no rank after it higher."""
     best, its_rank = logps.max(0, keepdim=True)
-    label = theirs.gather(0, its_rank)
-    before = torch.arange(len(theirs), device=theirs.device).unsqueeze(-1) < its_rank
-    beaten = torch.where(before, theirs >= label, theirs > label).any(0)
-    # Neither a label whose logit is −inf nor a row with a NaN has an argmax.
-    return ~beaten & (label.squeeze(0) < torch.inf) & (best.squeeze(0) > -torch.inf) & ~shares.isnan().any(0)
+    # Of an impossible label no rank is known, but if it is not beaten yet, it is −inf in the first column of all.
+    impossible = best == -torch.inf
+    label = theirs.gather(0, its_rank).masked_fill(impossible, -torch.inf)
+    before = torch.arange(len(theirs), device=theirs.device).unsqueeze(-1) < its_rank.masked_fill(impossible, 0)
+    beaten = torch.where(before, theirs >= label, theirs > label) | theirs.isnan()
+    return ~beaten.any(0) & ~shares.isnan().any(0)
 
 
 _OUTPUTS = {"entropy": _entropy, "mean_logits": _mean_logits, "is_top1": _is_top1}

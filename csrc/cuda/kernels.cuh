@@ -119,7 +119,7 @@ struct Running {
   float maximum, sum;
   float weighted;  // sum of w 2^w, where `sum` is that of 2^w
   float total;     // of the scores, the label's not left out
-  bool beaten;     // a score in front of the label's is as high
+  bool beaten;     // a logit is higher than the label's, or in front of it as high
 };
 
 // Of two shares at one maximum.
@@ -180,23 +180,24 @@ KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_
   // Division alone would find a label in the head in vector 0.
   const int at = int(label) - line.head;
   const int label_vector = at < 0 ? -1 : at / kCount;
-  const float y = kOutputs ? score<kSoftcap>(load_element<T>(x + label), scale) : 0;
+  // Logits are compared, as a softcap may tie their scores: `above` is the lowest higher than y.
+  const float y = kOutputs ? load_element<T>(x + label) : 0;
+  const float above = y < INFINITY ? nextafterf(y, INFINITY) : NAN;
   // The scores of vector v.
   const auto scores = [&](const Vector& vector, int v, float* u, Running& running) {
     unpack<T>(vector, u);
-    for (int k = 0; k < kCount; ++k) u[k] = score<kSoftcap>(u[k], scale);
     if (kOutputs) {
-      const float bound = v < label_vector ? y : INFINITY;
-      for (int k = 0; k < kCount; ++k) {
-        running.total += u[k];
-        running.beaten |= u[k] >= bound;
-      }
+      const float bound = v < label_vector ? y : above;
+      for (int k = 0; k < kCount; ++k) running.beaten |= u[k] >= bound;
+      if (v == label_vector)
+        for (int k = 0; k < kCount; ++k) running.beaten |= k < at % kCount && u[k] >= y;
+    }
+    for (int k = 0; k < kCount; ++k) {
+      u[k] = score<kSoftcap>(u[k], scale);
+      if (kOutputs) running.total += u[k];
     }
     if (v == label_vector)
-      for (int k = 0; k < kCount; ++k) {
-        if (kOutputs) running.beaten |= k < at % kCount && u[k] >= y;
-        u[k] = k == at % kCount ? -INFINITY : u[k];
-      }
+      for (int k = 0; k < kCount; ++k) u[k] = k == at % kCount ? -INFINITY : u[k];
   };
   const auto thread_softmax = [&](int thread) -> Running {
     Running running = {kLowest, 0, 0, 0, false};
@@ -218,10 +219,10 @@ KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_
         });
     for (int i = thread; i < line.edge; i += Block::kThreads) {
       const int v = edge_position<T>(line, i);
-      const float u = score<kSoftcap>(load_element<T>(x + v), scale);
+      const float x_v = load_element<T>(x + v), u = score<kSoftcap>(x_v, scale);
       if (kOutputs) {
         running.total += u;
-        running.beaten |= v < label && u >= y;
+        running.beaten |= x_v >= (v < label ? y : above);
       }
       if (v != label) fold<1, kOutputs>(&u, running, rate);
     }
@@ -526,7 +527,7 @@ KTO_DEVICE void store_outputs(const ChunkArguments& arguments, int64_t n, const 
   if (arguments.mean_logits != nullptr)
     arguments.mean_logits[n] = float(others.total * outer / double(arguments.rows.vocab));
   if (arguments.is_top1 != nullptr)
-    arguments.is_top1[n] = others.beaten == 0 && (others.sum == 0 || others.maximum <= u);
+    arguments.is_top1[n] = others.beaten == 0 && !isnan(arguments.logps[n]);
 }
 
 // A row: its scores, and over it the gradient of its log-probability.
