@@ -54,7 +54,7 @@ OLD_SETUPTOOLS = "setuptools>=77,<82"
 ENVIRONMENTS = {
     "torch_2_8": Environment(("torch==2.8.0", OLD_TRITON), gib=12),
     "torch_2_11": Environment(("torch==2.11.0", OLD_TRITON, OLD_SETUPTOOLS), gib=8),
-    "torch_2_14": Environment(("torch==2.14.1",), gib=12),
+    "torch_2_14": Environment(("torch==2.14.1",), gib=8),
 }
 
 # What runs in every environment: title → pytest's arguments. Triton's interpreter is slow, and the smoke tests run every
@@ -63,6 +63,10 @@ SELECTIONS = {
     "every public function, every backend; torch.compile": ["tests/test_smoke.py"],
     "operators from logits: opcheck, torch.compile, autograd": ["tests/test_operators.py"],
     "operators from hidden states: the same": ["tests/test_linear_operators.py"],
+    "operators: fakes and tags of every dtype": ["tests/test_operators_fake.py"],
+    "operators: numbers that change under torch.compile": ["tests/test_operators_numbers.py"],
+    "operators: several copies of the package": ["tests/test_operators_copies.py"],
+    "operators: one backward, also compiled": ["tests/test_backward_once.py"],
     "`kto_loss`, every option": ["tests/test_kto_loss.py", "-k", "not triton-cpu"],
     "`linear_kto_loss`, every option": ["tests/test_linear.py", "-k", "not triton-cpu"],
     "the package, surroundings": ["tests/test_package.py", "tests/test_environment.py"],
