@@ -351,8 +351,8 @@ def _fingerprint(part: Tensor) -> Tensor:
 
 
 def _refuse_copies(name: str, group: dist.ProcessGroup, parts: dict[str, Tensor]) -> None:
-    """Raises, on every rank, where two of them have one fingerprint. What was gathered before and is given with a group
-    all the same would count once for every rank, and its shape does not tell."""
+    """Raises, on every rank, where two of them have one fingerprint. A tensor that was gathered before, and is given with
+    a group all the same, would count once for every rank, and the shape of the tensor does not tell."""
     if not parts:
         return
     for argument, prints in zip(parts, gather(torch.stack(list(parts.values())), group).t().tolist()):

@@ -41,8 +41,8 @@ def _free_namespace() -> str:
 
 NAMESPACE = _free_namespace()
 
-# Of operators that read values on the host: the number of scored rows, or numbers that are data. A CUDA graph would
-# repeat what was read when it was captured, and a capture cannot wait for the device.
+# The tags of operators that read values on the host: the number of scored rows, or numbers that are data. A CUDA graph
+# would repeat what was read when it was captured, and a capture cannot wait for the device.
 READS_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 
 

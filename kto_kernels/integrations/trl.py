@@ -216,7 +216,7 @@ class FusedKTOTrainer(KTOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict) -> Any:
         """TRL's, for `precompute_ref_log_probs`, in its constructor too."""
         if self.ref_model is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # Those two would cast the policy only later. Its reference, they cast likewise.
+            # DeepSpeed and FSDP would cast the policy only later, and they cast its reference likewise.
             with self.accelerator.autocast():
                 self._learn_the_policys_dtype(self.model, inputs)
         with scored_by(InDtypeOf(self._policy_scores)):

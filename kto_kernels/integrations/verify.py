@@ -98,7 +98,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
       both factors): 2.5 such units of √Σ(h·w)², at least four standard deviations of H independent roundings.
 
     Call that δ_v for token v. Then its log-probability `z_v − log Σ exp z` differs by at most δ_v + log Σ p_v·exp δ_v.
-    All V of each row are held to it. Of the labels, the fused head's own log-probabilities are held to twice that: they
+    All V of each row are held to it. For the labels, the fused head's own log-probabilities are held to twice that: they
     are rounded too.
 
     Another scale shows where every entry for itself lies within that: in the slope `Σ (z'_v − z_v)·c_v / Σ c_v²` over
@@ -113,7 +113,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     Args:
         own: (n, V) logits as the model's own forward gives them.
         scored: the same n tokens, as the fused head scored them.
-        again: `own` once more, of a second forward. What differs between the two is the model's own noise, as of sums
+        again: `own` once more, of a second forward. The difference between the two is the model's own noise, as of sums
             in no fixed order on a GPU, and is allowed four times.
     """
     logit_scale, softcap, temperature = scored.scale
