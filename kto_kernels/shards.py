@@ -129,11 +129,11 @@ def _mean_logits(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> T
 
 def _is_top1(theirs: Tensor, logps: Tensor, shares: Tensor, vocab: int) -> Tensor:
     """Whether the label is the first argmax: higher than all before it, no rank after it higher."""
-    best, its_rank = logps.max(0, keepdim=True)
-    # Of an impossible label no rank is known, but if it is not beaten yet, it is −inf in the first column of all.
-    impossible = best == -torch.inf
-    label = theirs.gather(0, its_rank).masked_fill(impossible, -torch.inf)
-    before = torch.arange(len(theirs), device=theirs.device).unsqueeze(-1) < its_rank.masked_fill(impossible, 0)
+    its_rank = logps.argmax(0, keepdim=True)
+    # Where the label is impossible, logps are −inf on all ranks, and argmax takes the first rank. That is right: unless the
+    # label's own rank has said that it is beaten, its column is the first of all, and the first rank's logits are all −inf.
+    label = theirs.gather(0, its_rank)
+    before = torch.arange(len(theirs), device=theirs.device).unsqueeze(-1) < its_rank
     beaten = torch.where(before, theirs >= label, theirs > label) | theirs.isnan()
     return ~beaten.any(0) & ~shares.isnan().any(0)
 

@@ -199,7 +199,9 @@ def test_each_alone_is_what_it_is_beside_the_others(place, outputs, gradient):
 
 @places
 @pytest.mark.parametrize(
-    ("scale", "sizes"), [(SCALES[0], (40, 35)), (SCALES[1], (1, 0, 73, 1)), (SCALES[2], (37, 38))], ids=str
+    ("scale", "sizes"),
+    [(SCALES[0], (37, 38)), (SCALES[0], (0, 1, 73, 1)), (SCALES[1], (1, 0, 73, 1)), (SCALES[2], (40, 35))],
+    ids=str,
 )
 def test_equal_the_definition_in_parts(monkeypatch, place, scale, sizes):
     """A vocabulary that ranks share: the label's and the other's places are on one rank or on two."""
