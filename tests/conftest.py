@@ -58,6 +58,8 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    # Examples and demo lower it for their process, which a processor with AMX follows.
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

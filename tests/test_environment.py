@@ -194,7 +194,8 @@ leave()
     ]
     for rank in ranks:
         output, errors = rank.communicate(timeout=120)
-        assert (rank.returncode, output) == (0, "done\n"), errors
+        # Some releases of PyTorch print a line about the group before.
+        assert (rank.returncode, output.splitlines()[-1]) == (0, "done"), errors
 
 
 # Whose threads compute: torch's, wherever the loader has put them. On x86_64 the runtime is visible to the whole
