@@ -45,6 +45,7 @@ def test_what_is_told_of_tests(folder):
         "import os, pytest\n"
         "def test_good(): pass\n"
         "def test_bad(): raise ValueError('first\\nsecond')\n"
+        "def test_explained(): assert 1 == 2, ''\n"
         "def test_absent(): pytest.skip('absent')\n"
         "@pytest.mark.xfail\ndef test_known(): assert False\n"
         "@pytest.fixture\ndef broken(): raise OSError('broken')\n"
@@ -55,8 +56,9 @@ def test_what_is_told_of_tests(folder):
     assert (found["passed"], found["skipped"]) == (1, 2)
     failed = {name.split("::")[1]: line for name, line in found["failed"].items()}
     assert failed["test_bad"] == "ValueError: first" and "broken" in failed["test_broken"]
-    assert "crashed" in failed["test_crash"] and len(failed) == 3
-    assert matrix.cell(found) == "1 passed, 3 failed, 2 skipped"
+    assert "1 == 2" in failed["test_explained"]
+    assert "crashed" in failed["test_crash"] and len(failed) == 4
+    assert matrix.cell(found) == "1 passed, 4 failed, 2 skipped"
 
 
 @pytest.mark.parametrize(("code", "status"), [("import nothing_of_this_name", 1), ("", 5)])

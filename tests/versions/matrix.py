@@ -180,8 +180,10 @@ def counts(report: str) -> dict:
         error = next((found for tag in ("failure", "error") if (found := case.find(tag)) is not None), None)
         if error is not None:
             name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
-            first = (error.get("message") or error.text or "").strip().split("\n")[0]
-            failed[name] = first.replace(f"{ROOT}/", "")[:200]
+            lines = [line for line in (error.get("message") or error.text or "").splitlines() if line.strip()]
+            # A name alone, as of an assertion with a message of its own, says nothing without the next line.
+            said = " ".join(lines[: 2 if lines and lines[0].rstrip().endswith("Error:") else 1])
+            failed[name] = said.replace(f"{ROOT}/", "")[:200]
         elif case.find("skipped") is not None:
             skipped += 1
         else:
@@ -227,7 +229,9 @@ def cell(found: dict | None) -> str:
 
 def generated(results: list[dict]) -> str:
     """A column for each environment, and what failed below the table."""
-    rows = [["", *(result["versions"]["torch"] for result in results)]]
+    if not results:
+        return "Not run yet."
+    rows = [["torch", *(result["versions"]["torch"] for result in results)]]
     for package in ("triton", "numpy", "python"):
         rows.append([package, *(result["versions"][package] or "–" for result in results)])
     for title in SELECTIONS:
@@ -235,7 +239,6 @@ def generated(results: list[dict]) -> str:
     seconds = [sum(found["seconds"] for found in result["selections"].values()) for result in results]
     rows.append(["minutes", *(f"{total / 60:.0f}" for total in seconds)])
     rows += [[word, *(result[word] for result in results)] for word in ("date", "commit", "device")]
-    rows[0][0] = "torch"
     failures = [
         f"- torch {result['versions']['torch']}, `{name}`: {line}"
         for result in results
@@ -274,7 +277,7 @@ def main() -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     failed = run(args.names or list(ENVIRONMENTS))
     page(check=False)
-    print(f"{failed} tests failed: docs/versions.md has them" if failed else "nothing failed")
+    print(f"failed tests: {failed}; docs/versions.md has them" if failed else "nothing failed")
     return int(failed > 0)
 
 
