@@ -31,7 +31,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 # Package → the oldest version that builds, where there is one: the list of pyproject.toml, which pip brings unless it
 # is told --no-build-isolation.
-REQUIRES = re.search(r"^requires = (.*)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REQUIRES = re.search(r"^requires = (.*)", PYPROJECT, re.MULTILINE)[1]
 REQUIRES = dict(re.findall(r'"(\w+)(?:>=([\d.]+))?"', REQUIRES))
 
 
@@ -95,7 +96,7 @@ def find_nvcc() -> str | None:
 
 
 def missing_for_cpp() -> str | None:
-    """What a build of C++ lacks on this machine, or None."""
+    """The tool that a build of C++ lacks on this machine, or None."""
     if sys.platform == "win32":
         return "this build knows the compilers of Linux and macOS only"
     if find_compiler() is None:
@@ -107,7 +108,7 @@ def missing_for_cpp() -> str | None:
 
 
 def missing_for_cuda() -> str | None:
-    """What a build of CUDA C++ lacks on this machine, or None."""
+    """The tool that a build of CUDA C++ lacks on this machine, or None."""
     if find_nvcc() is None:
         return "no nvcc was found (looked in $CUDA_HOME/bin, $PATH, /usr/local/cuda/bin; the CUDA toolkit has it)"
     return missing_for_cpp()
@@ -260,4 +261,13 @@ if os.environ.get("KTO_KERNELS_CUDA_EMULATION", "0") != "0" and wants("CUDA_EMUL
     emulation_sources = ["csrc/cuda/bindings.cpp", "csrc/cuda/emulation.cpp"]
     extensions.append(Extension("kto_kernels._cuda_emulation", sources=emulation_sources))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+# A package index shows the README by itself: its links to files of the repository become whole addresses.
+PAGES = re.search(r'^Repository = "(.*)"', PYPROJECT, re.MULTILINE)[1] + "/blob/main/"
+readme = re.sub(r"\]\((?!https?:|#)", f"]({PAGES}", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+setup(
+    long_description=readme,
+    long_description_content_type="text/markdown",
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -3,10 +3,10 @@
 from . import _requirements  # noqa: F401  (first: it stops an older PyTorch with a plain word)
 from ._version import __version__
 from .backends import available_backends
+from .linear.plan import LinearPlan
 from .loss import kto_loss, linear_kto_loss
 from .modules import KTOLoss, LinearKTOLoss
 from .output import KTOOutput
-from .plan import LinearPlan
 from .stages import kl_reference_point, kto_loss_from_logps, linear_token_logps, sequence_logps, token_logps
 
 __all__ = [

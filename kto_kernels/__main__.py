@@ -1,15 +1,18 @@
-"""`python -m kto_kernels`: versions, devices, backends, and the reason for each backend that is missing."""
+"""`python -m kto_kernels`: versions, devices, backends, and the reason for each backend that is missing;
+then `kto_kernels.selftest`, whose failure is the exit status."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
 from . import __version__
 from .backends import BACKENDS, PREFERENCE, available_backends, cpu
+from .selftest import self_test
 
 
 def report() -> str:
@@ -44,5 +47,12 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def main() -> int:
+    print(report(), flush=True)
+    passed, line = self_test()
+    print(line)
+    return 0 if passed else 1
+
+
 if __name__ == "__main__":
-    print(report())
+    sys.exit(main())

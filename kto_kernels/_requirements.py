@@ -1,4 +1,4 @@
-"""What the package runs with, where an installer has not looked: `pip install --no-deps`, a folder on the path."""
+"""The versions that the package runs with, where an installer has not looked: `pip install --no-deps`, a folder on the path."""
 
 import torch
 

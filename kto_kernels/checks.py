@@ -1,27 +1,37 @@
 """Validation: every argument is checked before any work, and the error names it and says what was expected.
 
-TypeError for what has the wrong type or dtype, ValueError for what has the wrong shape, device, range or company,
-NotImplementedError for what is right and not supported.
+A wrong type or dtype is a TypeError. A wrong shape, device or number is a ValueError, and so are arguments that exclude
+or lack each other. A valid request that is not supported is a NotImplementedError.
 
-Values (labels, offsets) are looked at where that is free, on the CPU. On a GPU it would wait for the device: there a
-label outside the vocabulary scores nothing and bad offsets are undefined, unless the environment has KTO_KERNELS_DEBUG=1.
+The values of labels and offsets are checked on the CPU, where reading them is free. On a GPU the check would wait for
+the device: there a label outside the vocabulary scores nothing and bad offsets give undefined results, unless the
+environment has KTO_KERNELS_DEBUG=1.
 """
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-
-from .backends import NAMES
-from .dtensor import is_dtensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+
+
+def is_dtensor(value: object) -> bool:
+    if type(value) in (Tensor, nn.Parameter, type(None)):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import; while it is not, no DTensor exists
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -29,7 +39,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """`value` is a tensor of one of `dtypes`, on the device of `like`."""
+    """Checks that `value` is a tensor of one of `dtypes`, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if is_dtensor(value):
@@ -44,8 +54,8 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tens
 
 
 def reverse_mode(name: str, value: Tensor) -> None:
-    """`value` is not being differentiated by `torch.func` or in forward mode: the operators know neither. They would
-    drop a tangent without a word."""
+    """Checks that neither `torch.func` nor forward mode differentiates `value`: the operators would silently drop the
+    tangent."""
     if torch.compiler.is_compiling():
         return
     inner, followed = value, False
@@ -64,46 +74,50 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: expected shape {tuple(expected)} ({meaning}), got {_shape(value)}")
 
 
+# Options may be NumPy's numbers and flags, and come back as Python's.
+
+
 def number(name: str, value: object, *, positive: bool) -> float:
-    """A finite Python number, greater than 0 (`positive`) or at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Checks that `value` is a finite number, greater than 0 (`positive`) or at least 0, and returns it as Python's."""
+    if not _is_real(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # Comparisons, not math.isfinite: torch.compile may trace with a symbolic number. NaN fails them too.
+    value = value if type(value) in (int, float) else float(value)
+    # Comparisons, not math.isfinite: torch.compile may trace with a symbolic number. NaN fails the comparisons too.
     if not (0 <= value <= sys.float_info.max) or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")
-    return float(value)
+    return value
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))
 
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
+def flag(name: str, value: object) -> bool:
+    numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if not isinstance(value, bool) and not numpys:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__} ({value!r})")
+    return bool(value)
 
 
-def integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
-
-
-def scoring(shift: object, ignore_index: object, temperature: object, backend: object) -> None:
-    """The options that every function of logits shares."""
-    flag("shift", shift)
-    integer("ignore_index", ignore_index)
-    number("temperature", temperature, positive=True)
-    choice("backend", backend, NAMES)
+    return value if type(value) is int else int(value)
 
 
 def vocabulary_size(vocab: object, columns: int, sharded: bool) -> None:
-    """`vocab` is None or, but where a vocabulary group has more than these, the number of `columns` given."""
+    """Checks that `vocab` is None or the number of `columns` given. Sharded, it may be any size: the ranks together
+    have more columns than these."""
     if vocab is None:
         return
-    integer("vocab", vocab)
+    vocab = integer("vocab", vocab)
     if vocab < 1 or not (sharded or vocab == columns):
         raise ValueError(
             f"vocab: expected {'a size >= 1' if sharded else f'{columns}, the columns given'}, got {vocab}"
@@ -111,7 +125,7 @@ def vocabulary_size(vocab: object, columns: int, sharded: bool) -> None:
 
 
 def unshifted(shift: bool, context_group: object) -> None:
-    """A rank does not have the label of the token after its last one."""
+    """Checks that labels are not shifted in a context group, where a rank lacks the label after its last token."""
     if shift and context_group is not None:
         raise ValueError(
             "shift: with a context_group the label of a rank's last token is on another rank; shift the labels before "
@@ -130,8 +144,8 @@ def rows(
     packed: bool = True,
     sharded: bool = False,
 ) -> int:
-    """Logits called `name` with the labels that score them; returns the number of sequences. `prefix` is that of the
-    labels and offsets; without `packed`, two-dimensional logits are one sequence and need no offsets."""
+    """Checks logits called `name` with the labels that score them, and returns the number of sequences. `prefix` begins
+    the names of labels and offsets. Without `packed`, two-dimensional logits are one sequence and need no offsets."""
     vocabulary(name, logits, like, sharded)
     tensor(f"{prefix}labels", labels, INTEGERS, like=logits)
     return _layout(logits, labels, cu_seqlens, prefix, name, "V", packed)
@@ -160,12 +174,12 @@ def _layout(
 def head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", name: str = "hidden", sharded: bool = False
 ) -> None:
-    """A head (V, H) with its bias (V,), and the hidden states called `name` that it projects. `sharded`: a rank of a
-    vocabulary group may have none of it."""
+    """Checks a head (V, H) with its bias (V,), and the hidden states called `name` that the head projects. `sharded`
+    allows V = 0, as on a rank of a vocabulary group."""
     tensor(name, hidden, FLOATS)
     tensor(f"{prefix}weight", weight, FLOATS, like=hidden)
-    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
-        raise ValueError(f"{prefix}weight: expected (V, H) with V >= 1, got shape {_shape(weight)}")
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and not sharded):
+        raise ValueError(f"{prefix}weight: expected (V, H) with V >= 1 and H >= 1, got shape {_shape(weight)}")
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name}: expected (B, T, H) or packed (N, H), got shape {_shape(hidden)}")
     if hidden.shape[-1] != weight.shape[1]:
@@ -184,7 +198,7 @@ def head(
 def reference_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor, sharded: bool = False
 ) -> None:
-    """The reference's head, of the policy's vocabulary; its hidden states may have another width."""
+    """Checks the reference's head, whose vocabulary is the policy's. The hidden states may have another width."""
     head(hidden, weight, bias, "ref_", name, sharded)
     if weight.shape[0] != policy.shape[0]:
         raise ValueError(f"ref_weight: expected a vocabulary of {policy.shape[0]} as weight, got {weight.shape[0]}")
@@ -201,19 +215,9 @@ def hidden_rows(
     *,
     packed: bool = True,
 ) -> int:
-    """Hidden states called `name` with the labels that score them, as `rows` for logits."""
+    """Checks hidden states called `name` with the labels that score them, and returns the number of sequences."""
     tensor(f"{prefix}labels", labels, INTEGERS, like=hidden)
     return _layout(hidden, labels, cu_seqlens, prefix, name, "H", packed)
-
-
-def head_scale(logit_scale: object, softcap: object, max_logits_bytes: object) -> None:
-    number("logit_scale", logit_scale, positive=True)
-    if softcap is not None:
-        number("softcap", softcap, positive=True)
-    if max_logits_bytes is not None:
-        integer("max_logits_bytes", max_logits_bytes)
-        if max_logits_bytes <= 0:
-            raise ValueError(f"max_logits_bytes: expected a number of bytes > 0 or None, got {max_logits_bytes}")
 
 
 def outputs(value: object, choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -225,7 +229,7 @@ def outputs(value: object, choices: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def offsets(name: str, cu_seqlens: Tensor, like: Tensor) -> int:
-    """`cu_seqlens` (B + 1,); returns B."""
+    """Checks offsets `cu_seqlens` (B + 1,), and returns B."""
     tensor(name, cu_seqlens, INTEGERS, like)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected shape (B + 1,), got {_shape(cu_seqlens)}")
@@ -233,7 +237,7 @@ def offsets(name: str, cu_seqlens: Tensor, like: Tensor) -> int:
 
 
 def vocabulary(name: str, logits: Tensor, like: Tensor | None = None, sharded: bool = False) -> None:
-    """Floating logits of two or three dimensions, at least one token wide (`sharded`: or none), contiguous along the
+    """Checks floating logits of two or three dimensions, contiguous along the vocabulary. `sharded` allows an empty
     vocabulary."""
     tensor(name, logits, FLOATS if like is None else (like.dtype,), like)
     if logits.dim() not in (2, 3):
@@ -250,7 +254,7 @@ def vocabulary(name: str, logits: Tensor, like: Tensor | None = None, sharded: b
 
 
 def sequences(name: str, value: Tensor, count: int, meaning: str, like: Tensor) -> None:
-    """Sequence log-probabilities, (count,) floating."""
+    """Checks floating sequence log-probabilities (count,)."""
     tensor(name, value, FLOATS, like)
     shape(name, value, (count,), meaning)
 
@@ -269,7 +273,7 @@ def kl_source(
     has_kl: bool,
     has_ref_kl: bool,
 ) -> None:
-    """Exactly one source of the reference point under "kto", none under "apo_zero_unpaired"."""
+    """Checks that there is one source of the reference point under "kto", and none under "apo_zero_unpaired"."""
     if loss_type == "apo_zero_unpaired":
         if kl is not None or has_kl or has_ref_kl:
             raise ValueError("kl: loss_type='apo_zero_unpaired' has z0 = 0 and takes no KL source")
@@ -290,15 +294,15 @@ def kl_source(
     if isinstance(kl, Tensor):
         tensor("kl", kl, FLOATS, like)
         shape("kl", kl, (), "one number")
-    elif kl is not None:
-        if isinstance(kl, bool) or not isinstance(kl, (int, float)):
-            raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
-        if not -sys.float_info.max <= kl <= sys.float_info.max:
-            raise ValueError(f"kl: expected a finite number, got {kl}")
+    elif kl is not None and not _is_real(kl):
+        raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
+    elif kl is not None and not abs(kl) <= sys.float_info.max:
+        raise ValueError(f"kl: expected a finite number, got {kl}")
 
 
 def kl_pair(kl_logps: Tensor | None, ref_kl_logps: Tensor | None, count: int | None, like: Tensor) -> None:
-    """Sequence log-probabilities (K,) of both sides; `count` is K where the other form says it already."""
+    """Checks the sequence log-probabilities (K,) of the two sides of the KL estimate. `count` is K where logits or
+    hidden states of one of these sides tell it already."""
     for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
         if value is None:
             continue
@@ -310,11 +314,12 @@ def kl_pair(kl_logps: Tensor | None, ref_kl_logps: Tensor | None, count: int | N
         count = value.shape[0]
 
 
-def in_place(logits: Tensor) -> None:
-    """The gradient may overwrite these logits: nobody else's values live there."""
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+def in_place(inplace_backward: object, logits: Tensor) -> None:
+    """Checks the option `inplace_backward`; where it is set, also that the gradient may overwrite these logits."""
+    flag("inplace_backward", inplace_backward)
+    if not (inplace_backward and logits.requires_grad and torch.is_grad_enabled()):
         return
-    # torch.compile traces no `_base`: there a view of a leaf goes unnoticed.
+    # torch.compile does not trace `_base`: under it a view of a leaf goes unnoticed.
     base = None if torch.compiler.is_compiling() else logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
@@ -328,7 +333,7 @@ def in_place(logits: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements may share memory: a stride does not reach past all that smaller ones do."""
+    """Whether elements may share memory: some stride does not reach past all elements along the smaller strides."""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
         if stride <= reach:
@@ -338,24 +343,73 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def debugging() -> bool:
-    """Whether to look also at what costs time: values on a GPU, and what ranks may hold in common."""
+    """Whether to make the checks that cost time too: of values on a GPU, and of ranks that hold the same part."""
     return os.environ.get("KTO_KERNELS_DEBUG") == "1"
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether to look at values: always on the CPU, elsewhere (it waits for the device) under KTO_KERNELS_DEBUG=1."""
-    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and debugging())
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values, which do not become part of a graph where they are read."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return get_proxy_mode() is None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether to read values, where there are any: on the CPU always, elsewhere (reading waits for the device) under
+    KTO_KERNELS_DEBUG=1."""
+    return (tensor.device.type == "cpu" or debugging()) and has_values(tensor)
 
 
 def row_values(labels: Tensor, cu_seqlens: Tensor | None, vocab: int, ignore_index: int, prefix: str = "") -> None:
-    """What only the values tell: labels inside the vocabulary, cu_seqlens sorted from 0 to N."""
+    """Checks values: labels inside the vocabulary, cu_seqlens that rise from 0 to N."""
     label_values(labels, vocab, ignore_index, prefix)
     if cu_seqlens is not None:
         offset_values(f"{prefix}cu_seqlens", cu_seqlens, labels.numel())
 
 
+def scored_lengths(name: str, value: object, count: int, labels: Tensor, shift: bool) -> Tensor | None:
+    """The numbers of scored positions that the caller gave, as a tensor on the CPU. They are checked without a look at
+    the labels: one for each of the `count` sequences, and no more than the sequence has positions."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        tensor(name, value, INTEGERS)
+        if value.device.type != "cpu":
+            raise ValueError(f"{name}: expected ints, or a tensor on the CPU, got device {value.device}")
+        shape(name, value, (count,), "one per sequence")
+        if has_values(value):
+            _lengths_in_range(name, value.tolist(), labels, shift)
+        return value.to(torch.int64, copy=True)  # the caller may fill this memory again before the backward
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of ints, or a tensor on the CPU, got {type(value).__name__}")
+    value = [integer(name, length) for length in value]
+    if len(value) != count:
+        raise ValueError(f"{name}: expected {count} ints, one per sequence, got {len(value)}")
+    _lengths_in_range(name, value, labels, shift)
+    return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def _lengths_in_range(name: str, lengths: Sequence[int], labels: Tensor, shift: bool) -> None:
+    packed, rows = labels.dim() == 1, labels.shape[-1]
+    most = rows if packed else max(0, rows - shift)
+    for length in lengths:
+        if not 0 <= length <= most:
+            raise ValueError(f"{name}: expected 0 <= length <= {most}, the positions that may score, got {length}")
+    if packed and sum(lengths) > rows:
+        raise ValueError(f"{name}: expected a sum of at most {rows}, the rows given, got {sum(lengths)}")
+
+
+def scored_length_values(lengths: list[int], counts: Tensor, labels: Tensor, shift: bool, prefix: str = "") -> None:
+    """Checks the numbers of scored positions that the caller gave against those counted on the device, where these may
+    be read."""
+    name = f"{prefix}scored_lengths"
+    _lengths_in_range(name, lengths, labels, shift)
+    if readable(counts) and lengths != (found := counts.tolist()):
+        raise ValueError(f"{name}: expected {found}, the scored positions of each sequence, got {lengths}")
+
+
 def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = "") -> None:
-    if not _readable(labels):
+    if not readable(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if outside.any():
@@ -367,9 +421,9 @@ def label_values(labels: Tensor, vocab: int, ignore_index: int, prefix: str = ""
 
 
 def offset_values(name: str, cu_seqlens: Tensor, n_rows: int) -> None:
-    """Offsets that rise from 0 to N. Two equal ones are an empty sequence, which scores 0: trainers that pack make
-    them, and a rank of a context-parallel group may have nothing of a sequence."""
-    if not _readable(cu_seqlens):
+    """Checks that offsets rise from 0 to N. Two equal offsets make an empty sequence, which scores 0: trainers that
+    pack make such sequences, and a rank of a context group may have no token of a sequence."""
+    if not readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != n_rows or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"{name}: expected offsets that rise from 0 to N={n_rows}, got {cu_seqlens.tolist()}")

@@ -1,35 +1,39 @@
-"""What a loss returns."""
+"""The record that a loss returns, and the metrics that trainers log."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .distributed import group_size, resolve, sum_over_ranks
+from .options import Group
+from .parallel.groups import group_size, resolve, sum_over_ranks
 
 
 @dataclass(frozen=True)
 class KTOOutput:
-    """What a loss returns. Everything but `loss` is detached.
+    """The results of a loss. All tensors but `loss` are detached.
 
     Attributes:
         loss: () for `reduction="mean"` and `"sum"`, (B,) for `"none"`; fp32 (fp64 for fp64 logits).
-        logps: (B,) fp64, policy log-probability of each sequence in nats (per token with `average_log_prob`).
-        ref_logps: (B,) fp64, the reference's; zeros when reference-free.
-        rewards: (B,) `β · (logps − ref_logps)`.
-        kl: () the reference point z0 in nats, at least 0.
+        logps: (B,) fp64, the policy's sequence log-probabilities in nats (per token with `average_log_prob`).
+        ref_logps: (B,) fp64, the reference's sequence log-probabilities in nats; zeros without a reference.
+        rewards: (B,), in the dtype of `loss`: `β · (logps − ref_logps)`, without unit.
+        kl: (), in the dtype of `loss`: the reference point z0 in nats, at least 0.
         desirable: (B,) bool, as given.
-        token_logps: labels-shaped, the policy's log-probability of each scored token, 0 elsewhere; None from
-            `kto_loss_from_logps`.
-        entropy, mean_logits, is_top1: labels-shaped, of each scored token, where asked for (`outputs=`); see
-            `kto_kernels.reference.outputs`. 0 or False elsewhere.
-        scored: labels-shaped bool, the tokens that these are of; and
-        cu_seqlens: their packed layout, as given.
-        reduction: the loss's, as given.
+        token_logps: (B, T) or (N,), fp32 (fp64 for fp64 logits): the policy's log-probability of each scored token in
+            nats, 0 elsewhere; None from `kto_loss_from_logps`.
+        entropy: (B, T) or (N,), fp32 or fp64: the entropy in nats of each scored token's softmax, 0 elsewhere; None
+            where `outputs=` did not ask for it.
+        mean_logits: (B, T) or (N,), fp32 or fp64: each scored token's mean scaled logit, 0 elsewhere; None where not
+            asked for.
+        is_top1: (B, T) or (N,) bool, whether a scored token's label has the largest logit; None where not asked for.
+        scored: (B, T) or (N,) bool, whether each token is scored; None where no output is asked for.
+        cu_seqlens: (B + 1,) int32 or int64, the offsets of packed labels, as given; None where the labels are not
+            packed, or no output is asked for.
+        reduction: the reduction of `loss`, as given: "mean", "sum" or "none".
     """
 
     loss: Tensor
@@ -46,22 +50,35 @@ class KTOOutput:
     cu_seqlens: Tensor | None = None
     reduction: str = "mean"
 
-    def metrics(self, process_group: Any = None, context_group: Any = None) -> dict[str, float]:
-        """Plain floats under TRL's names: `loss` (the mean over sequences under `"none"`), `kl`, and for each class
-        that the batch holds `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`; `rewards/margins`
-        where both are there. Where asked for, means over the scored tokens: `entropy`, `logits/chosen`,
-        `logits/rejected`, `mean_token_accuracy`. What nothing was counted for has no entry, never a NaN. Waits for the
-        device once.
+    def metrics(self, process_group: Group | None = None, context_group: Group | None = None) -> dict[str, float]:
+        """Plain floats under TRL's names, for logging. The call waits for the device once.
 
-        With a `process_group` (a ProcessGroup, or a one-dimensional DeviceMesh) sums and counts are added over its ranks
-        first, by one all-reduce: means over all of their sequences and tokens, however many each has. With the loss's
-        `context_group` the means over tokens, where asked for, are over those of all its ranks, by one more."""
+        The entries are `loss` (the mean over sequences with `reduction="none"`), `kl`, and means over the sequences of
+        each class that the batch holds: `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`.
+        `rewards/margins` is there if the batch holds both classes. `outputs=` adds means over the scored tokens:
+        `entropy`, `logits/chosen`, `logits/rejected`, `mean_token_accuracy`. A mean over nothing has no entry, so that
+        no value is NaN.
+
+        Args:
+            process_group: a ProcessGroup or one-dimensional DeviceMesh, over whose ranks one all-reduce adds the sums
+                and counts. The means are over all ranks' sequences and tokens. None: over this rank's.
+            context_group: the loss's context group, over whose ranks one more all-reduce adds the sums over tokens.
+                None: there is no such group.
+
+        Returns:
+            The value of each entry by its name.
+
+        Raises:
+            TypeError: a group is neither a ProcessGroup nor a DeviceMesh.
+            ValueError: a DeviceMesh has several dimensions, or this rank is not in the group.
+            RuntimeError: torch.distributed is not initialised.
+        """
         group, context = resolve("process_group", process_group), resolve("context_group", context_group)
         everything = torch.ones_like(self.desirable)
         classes = {"chosen": self.desirable, "rejected": ~self.desirable}
         one = torch.ones((), dtype=torch.float64, device=self.logps.device)
         loss = self.loss.detach().double()
-        if self.reduction == "sum":  # adds up over ranks
+        if self.reduction == "sum":  # the ranks' losses add up
             loss = (loss, one / group_size(group))
         else:
             sequences = one * self.logps.numel()

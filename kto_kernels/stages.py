@@ -1,24 +1,21 @@
-"""The stages on their own, for any other loss. They meet every other library at the seam behind `token_logps`:
+"""The stages as functions on their own, for any other loss:
 
-token_logps, linear_token_logps → sequence_logps → kl_reference_point → value → loss
+    token_logps or linear_token_logps → sequence_logps → kl_reference_point → value → loss
+
+The seam behind stage 1 is where other libraries join: they can give or take the token log-probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import checks, dtensor, linear_ops, ops, reference
-from .backends import select
-from .distributed import Ranks, fingerprints, sums_over_ranks
+from . import checks, engine, reference
+from .inputs import Inputs
+from .options import BackendName, Chunking, Group, LossType, Objective, Reduction, Scale, Scoring
 from .output import KTOOutput
-from .plan import LinearPlan
-
-LOSS_TYPES = ("kto", "apo_zero_unpaired")
-REDUCTIONS = ("mean", "sum", "none")
+from .parallel.agreement import Ranks, fingerprints
 
 
 def token_logps(
@@ -29,40 +26,57 @@ def token_logps(
     ignore_index: int = -100,
     temperature: float = 1.0,
     inplace_backward: bool = False,
-    vocab_group: Any = None,
+    vocab_group: Group | None = None,
     vocab: int | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Stage 1, the seam: `ℓ_n = log softmax(logits_n / temperature)[label_n]`, differentiable, in nats.
 
-    Args: as for `kto_loss`; (N, V) logits are one sequence.
+    Args:
+        logits: (B, T, V), or (N, V), which is one sequence; bf16, fp16, fp32, or fp64 with backend "torch". Any strides
+            but along V. DTensors as for `kto_loss`.
+        labels: (B, T) or (N,), int32 or int64; `ignore_index` where nothing is scored.
+        shift: whether position t predicts the label of t + 1 in its sequence. False: position t predicts the label of
+            t.
+        ignore_index: the label of positions that are not scored. The default is PyTorch's.
+        temperature: the logits are divided by it, > 0. 1.0 leaves them as they are.
+        inplace_backward: whether the gradient overwrites `logits`, which must be neither a leaf nor a view of one. Only
+            one backward is possible then.
+        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some columns of `logits`, in
+            the order of ranks. None: the logits are whole.
+        vocab: the size of the whole vocabulary, checked against the columns given, or with a `vocab_group` against the
+            sum of all ranks' columns. None: it is not checked.
+        backend: "auto", which takes the first in the device's order of preference that can run, or a name out of
+            `available_backends()`.
 
     Returns:
-        Labels-shaped, fp32 (fp64 for fp64 logits); 0 at ignored positions, and with `shift` at the last one. A label
-        whose logit is −inf gives −inf.
+        The log-probabilities, of the shape of `labels`, fp32 (fp64 for fp64 logits); 0 at ignored positions, and with
+            `shift` at each sequence's last position. A label whose logit is −inf gives −inf.
 
-    Raises: as `kto_loss`.
+    Raises:
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value; the message names it. The values of labels on a GPU
+            are not looked at but under KTO_KERNELS_DEBUG=1.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
+        RuntimeError: the backend named is not available; another rank of the group has other options or failed its
+            checks; or, in the backward, the gradient is differentiated again, or the logits have been overwritten.
+
+    Examples:
+        >>> import torch
+        >>> from kto_kernels import token_logps
+        >>> logits = torch.zeros(1, 3, 5, requires_grad=True)
+        >>> logps = token_logps(logits, torch.tensor([[-100, 1, 2]]))
+        >>> logps.sum().backward()
+        >>> logps.detach()
+        tensor([[ 0.0000, -1.6094, -1.6094]])
     """
-    ranks = Ranks.of(
-        vocab_group=vocab_group, vocab=vocab, shift=shift, ignore_index=ignore_index, temperature=temperature
-    )
-    with ranks.checks(logits):
-        given = logits
-        logits, labels = dtensor.rows(ranks, logits=logits, labels=labels)
-        checks.scoring(shift, ignore_index, temperature, backend)
-        checks.rows(logits, labels, None, packed=False, sharded=ranks.vocab is not None)
-        checks.vocabulary_size(vocab, logits.shape[-1], ranks.vocab is not None)
-        checks.flag("inplace_backward", inplace_backward)
-        if inplace_backward:
-            checks.in_place(given)
-        refuse_now(ranks, backend, logits)
-        steps = common_steps(ranks, backend, logits.device, logits.dtype)
-    shard = ranks.agree(
-        labels, None, logits.shape[-1], ignore_index, steps=steps, shards={"logits": logits}, dtype=logits.dtype
-    )
-    return logits_scores(
-        logits, labels, None, (shift, ignore_index, float(temperature)), inplace_backward, backend, shard
-    )
+    ranks = Ranks.of(vocab_group=vocab_group)
+    with ranks.failing_together(logits):
+        scoring = Scoring(Scale(temperature=temperature), shift, ignore_index, backend)
+        inputs = Inputs("logits", logits, labels).checked(ranks, scoring, vocab=vocab, packed=False)
+        checks.in_place(inplace_backward, logits)
+    call = engine.agree(inputs, scoring, Objective(), Chunking(), ranks, vocab, inplace_backward)
+    return call.token_logps(call.inputs.side(""))["logps"]
 
 
 def linear_token_logps(
@@ -77,155 +91,76 @@ def linear_token_logps(
     softcap: float | None = None,
     temperature: float = 1.0,
     max_logits_bytes: int | None = None,
-    vocab_group: Any = None,
+    scored_lengths: Sequence[int] | Tensor | None = None,  # (B,), or one of (N,)
+    vocab_group: Group | None = None,
     vocab: int | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
-    """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in all three, without
-    ever holding more than `max_logits_bytes` of logits.
+    """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in `hidden`, `weight`
+    and `bias`. At most `max_logits_bytes` of logits exist at a time.
 
-    Where the head is frozen, the forward forms the hidden states' gradient too, which the backward only scales by rows:
-    2G for any loss on top, one GEMM unit being `G = 2·N·H·V` FLOPs over the N scored tokens. A trained head (`weight`
-    or `bias` requires grad) has its logits computed again in the backward: 4G. Without gradients: 1G.
+    One GEMM unit is `G = 2·N·H·V` FLOPs over the N scored tokens. Without gradients the call costs 1G. With a frozen
+    head the forward forms the hidden states' gradient too, and the backward of any loss on top only scales the rows of
+    this gradient: 2G in all. With a trained head (`weight` or `bias` requires grad) the backward computes the logits
+    once more: 4G in all.
 
-    Args: as for `linear_kto_loss`; (N, H) hidden states are one sequence. The GEMMs run in autocast's dtype where it is
-        on, else in that of `hidden`: a loss that compares two models gives the hidden states of both in one dtype.
+    The GEMMs run in autocast's dtype where autocast is on and `hidden` is not fp64, else in the dtype of `hidden`. A
+    loss that compares two models needs the hidden states of both in one dtype.
+
+    Args:
+        hidden: (B, T, H), or (N, H), which is one sequence; bf16, fp16, fp32, or fp64 with backend "torch". Any
+            strides. Hidden states and head may be DTensors as for `linear_kto_loss`.
+        weight: (V, H) bf16, fp16, fp32 or fp64: the head's weight.
+        labels: (B, T) or (N,), int32 or int64; `ignore_index` where nothing is scored.
+        bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        shift: whether position t predicts the label of t + 1 in its sequence. False: position t predicts the label of
+            t.
+        ignore_index: the label of positions that are not scored. The default is PyTorch's.
+        logit_scale: the logits x are multiplied by it, > 0: the softmax is taken of
+            `z = softcap·tanh(x·logit_scale/softcap)/temperature`. 1.0 leaves them as they are.
+        softcap: the bound that the tanh in `z` keeps scaled logits within, > 0. None: there is no tanh.
+        temperature: the capped logits are divided by it, > 0. 1.0 leaves them as they are.
+        max_logits_bytes: the most bytes of logits that exist at once. None: what suits the device, see `LinearPlan`.
+        scored_lengths: how many positions of each of the B sequences, or of the one of (N,), have a label that scores
+            them: ints, or (B,) int32 or int64 on the CPU, as for `linear_kto_loss`. With them nothing waits for the
+            device, in the backward neither. None: they are read from the device.
+        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some rows of `weight` and
+            `bias`, in the order of ranks, and the whole `hidden`. None: the head is whole.
+        vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
+            the sum of all ranks' rows. None: it is not checked.
+        backend: "auto", which takes the first in the device's order of preference that can run, or a name out of
+            `available_backends()`. The backend scores the chunks; the GEMMs are PyTorch's.
 
     Returns:
-        Labels-shaped, fp32 (fp64 for fp64 `hidden`); 0 at ignored positions, and with `shift` at the last one.
+        The log-probabilities in nats, of the shape of `labels`, fp32 (fp64 for fp64 `hidden`); 0 at ignored positions,
+            and with `shift` at each sequence's last position.
 
-    Raises: as `linear_kto_loss`.
+    Raises:
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or `max_logits_bytes` holds not one row of logits;
+            the message names the argument. The values of labels on a GPU are not looked at but under
+            KTO_KERNELS_DEBUG=1.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
+        RuntimeError: the backend named is not available; another rank of the group has other options or failed its
+            checks; or, in the backward, the gradient is differentiated again, or asked for a second time.
+
+    Examples:
+        >>> import torch
+        >>> from kto_kernels import linear_token_logps
+        >>> hidden = torch.ones(4, 8, requires_grad=True)
+        >>> logps = linear_token_logps(hidden, torch.zeros(5, 8), torch.tensor([1, 2, 3, -100]))
+        >>> logps.sum().backward()
+        >>> logps.detach()
+        tensor([-1.6094, -1.6094, -1.6094,  0.0000])
     """
-    ranks = Ranks.of(
-        vocab_group=vocab_group,
-        vocab=vocab,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-    )
-    with ranks.checks(hidden):
-        hidden, labels = dtensor.rows(ranks, hidden=hidden, labels=labels)
-        weight, bias = dtensor.heads(ranks, weight=weight, bias=bias)
-        checks.scoring(shift, ignore_index, temperature, backend)
-        checks.head_scale(logit_scale, softcap, max_logits_bytes)
-        checks.head(hidden, weight, bias, sharded=ranks.vocab is not None)
-        checks.vocabulary_size(vocab, weight.shape[0], ranks.vocab is not None)
-        checks.hidden_rows(hidden, labels, None, packed=False)
-        refuse_now(ranks, backend, hidden, weight, max_logits_bytes)
-        dtype = gemm_dtype(hidden)
-        steps = linear_steps(ranks, backend, hidden, weight, bias, max_logits_bytes)
-    shard = ranks.agree(
-        labels, None, weight.shape[0], ignore_index, steps=steps, shards={"weight": weight}, dtype=dtype
-    )
-    logps, *_ = linear_scores(
-        hidden, weight, bias, labels, None, (shift, ignore_index, float(logit_scale), softcap, float(temperature)),
-        max_logits_bytes, (), backend, shard=shard
-    )  # fmt: skip
-    return logps
-
-
-def logits_scores(logits, labels, cu_seqlens, scoring, inplace_backward, backend, shard=None) -> Tensor:
-    """The operator behind `token_logps`, of checked arguments."""
-    shift, ignore_index, temperature = scoring
-    scale, numbers = ops.as_arguments(1.0, None, temperature)
-    logps, _ = ops.token_logps(
-        logits, labels, cu_seqlens, shift, ignore_index, *scale, inplace_backward, backend,
-        *(() if shard is None else shard.arguments), numbers=numbers
-    )  # fmt: skip
-    return logps
-
-
-def refuse_now(
-    ranks: Ranks, backend: str, values: Tensor, weight: Tensor | None = None, max_logits_bytes: int | None = None
-) -> None:
-    """What the operators would refuse later, when other ranks wait for this one already."""
-    if not ranks:
-        return
-    if weight is None:
-        select(backend, values.device, values.dtype)
-    else:
-        dtype = gemm_dtype(values)
-        select(backend, values.device, dtype, "hidden, weight")
-        columns, width = weight.shape
-        LinearPlan.of((), max(1, columns), width, dtype, max_logits_bytes=max_logits_bytes, device=values.device)
-
-
-def common_steps(
-    ranks: Ranks, backend: str, device: torch.device, dtype: torch.dtype, argument: str = "logits", **more: Any
-) -> dict[str, Any]:
-    """What the ranks of a vocabulary group must do alike, for `Ranks.agree`: their backends' statistics meet."""
-    return {} if ranks.vocab is None else {"backend": select(backend, device, dtype, argument).name, **more}
-
-
-def linear_steps(
-    ranks: Ranks, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, max_logits_bytes: int | None,
-    **more: Any
-) -> dict[str, Any]:  # fmt: skip
-    """Theirs from hidden states: the same chunks, and the same gradients."""
-    grad = torch.is_grad_enabled()
-    return common_steps(
-        ranks,
-        backend,
-        hidden.device,
-        gemm_dtype(hidden),
-        "hidden, weight",
-        max_logits_bytes=max_logits_bytes,
-        hidden=(tuple(hidden.shape), hidden.dtype),
-        weight_dtype=weight.dtype,
-        requires_grad=[tensor is not None and grad and tensor.requires_grad for tensor in (hidden, weight, bias)],
-        **more,
-    )
-
-
-# The device types that have autocast, of which alone PyTorch says whether it is on. They are asked for at import: before
-# PyTorch 2.13 torch.compile cannot trace `torch.amp.is_autocast_available`.
-_DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla", torch._C._get_privateuse1_backend_name())
-_WITH_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
-
-
-def gemm_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which every side of a loss is scored, policy, reference and KL, given the policy's hidden states:
-    autocast's where it is on, which leaves fp64 alone, else that of these hidden states. Heads and the other sides'
-    hidden states are cast to it. Were each side scored in a dtype of its own, their log-probabilities would be apart by
-    the rounding of logits, also where policy and reference are the same model."""
-    device_type = hidden.device.type
-    if hidden.dtype != torch.float64 and device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return hidden.dtype
-
-
-def linear_scores(
-    hidden, weight, bias, labels, cu_seqlens, scoring, max_logits_bytes, outputs, backend, prefix="", dtype=None,
-    shard=None,
-):  # fmt: skip
-    """The operator behind `linear_token_logps`, of checked arguments: (logps, entropy, mean_logits, is_top1), the last
-    three empty where `outputs` has no such name. `dtype` is that of the policy's GEMMs where these hidden states are
-    not the policy's."""
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    shift, ignore_index, *scale = scoring
-    scale, numbers = ops.as_arguments(*scale)
-    logps, entropy, mean_logits, is_top1, _ = linear_ops.linear_token_logps(
-        hidden,
-        weight,
-        bias,
-        labels,
-        cu_seqlens,
-        shift,
-        ignore_index,
-        *scale,
-        gemm_dtype(hidden) if dtype is None else dtype,
-        max_logits_bytes,
-        ",".join(outputs),
-        torch.is_grad_enabled() and hidden.requires_grad and not trained,
-        True,  # inplace_backward: the gradient stays here
-        backend,
-        prefix,
-        *(() if shard is None else shard.arguments),
-        numbers=numbers,
-    )
-    return logps, entropy, mean_logits, is_top1
+    ranks = Ranks.of(vocab_group=vocab_group)
+    with ranks.failing_together(hidden):
+        scoring = Scoring(Scale(logit_scale, softcap, temperature), shift, ignore_index, backend)
+        chunking = Chunking(max_logits_bytes)
+        inputs = Inputs("hidden", hidden, labels, weight=weight, bias=bias, scored_lengths=scored_lengths)
+        inputs = inputs.checked(ranks, scoring, chunking, vocab=vocab, packed=False)
+    call = engine.agree(inputs, scoring, Objective(), chunking, ranks, vocab)
+    return call.token_logps(call.inputs.side(""))["logps"]
 
 
 def sequence_logps(
@@ -236,29 +171,49 @@ def sequence_logps(
     average_log_prob: bool = False,
     ignore_index: int = -100,
     shift: bool = False,
-    context_group: Any = None,
+    context_group: Group | None = None,
 ) -> Tensor:
-    """Stage 2: the sum over each sequence of its token log-probabilities, or their mean over scored tokens.
+    """Stage 2: the sum of each sequence's token log-probabilities, or the mean over the scored tokens.
 
     Args:
-        logps: (B, T), or packed (N,) with `cu_seqlens`; floating, 0 where nothing is scored (as `token_logps` gives).
-        labels: needed for `average_log_prob`, which counts the labels that are not `ignore_index` (and, with `shift`,
-            are some position's next).
-        context_group: each rank has some of every sequence's tokens; the sums are over all of them, on every rank, and
-            each rank gets the gradient of its own tokens. `shift` must be False.
+        logps: (B, T), or packed (N,) with `cu_seqlens`, bf16, fp16, fp32 or fp64: token log-probabilities in nats, 0
+            where nothing is scored, as `token_logps` gives them.
+        labels: (B, T) or (N,), int32 or int64: the labels of the tokens, needed with `average_log_prob` to count the
+            scored ones. None: they are not counted.
+        cu_seqlens: (B + 1,) int32 or int64: the offsets of packed sequences, from 0 to N. None: the sequences are
+            padded.
+        average_log_prob: whether to give means over the scored tokens. False: sums.
+        ignore_index: the label of positions that are not scored. The default is PyTorch's.
+        shift: whether position t has the label of t + 1 in its sequence, as for `token_logps`. False: it has the label
+            of t.
+        context_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some tokens of every
+            sequence. Every rank returns the sums over all tokens, and gets the gradient of its own tokens. `shift` must
+            be False. None: the sequences are whole.
 
     Returns:
-        (B,) fp64, differentiable: long sequences lose digits in fp32 that the difference to the reference needs.
+        (B,) fp64 in nats, differentiable. In fp32 long sequences would lose digits that the difference to the reference
+            needs.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or `labels` are missing; the message names the
+            argument.
+        RuntimeError: another rank of the group has other options or failed its checks, or torch.distributed is not
+            initialised.
+
+    Examples:
+        >>> import torch
+        >>> from kto_kernels import sequence_logps
+        >>> sequence_logps(torch.tensor([[0.0, -1.0, -2.0], [0.0, -0.5, 0.0]]))
+        tensor([-3.0000, -0.5000], dtype=torch.float64)
+        >>> sequence_logps(torch.tensor([-1.0, -2.0, -0.5]), cu_seqlens=torch.tensor([0, 2, 3]))
+        tensor([-3.0000, -0.5000], dtype=torch.float64)
     """
-    ranks = Ranks.of(context_group=context_group, average_log_prob=average_log_prob)
-    with ranks.checks(logps):
+    ranks = Ranks.of(context_group=context_group)
+    with ranks.failing_together(logps):
         checks.tensor("logps", logps, checks.FLOATS)
-        checks.flag("average_log_prob", average_log_prob)
-        checks.flag("shift", shift)
-        checks.integer("ignore_index", ignore_index)
+        average_log_prob = checks.flag("average_log_prob", average_log_prob)
+        shift, ignore_index = checks.flag("shift", shift), checks.integer("ignore_index", ignore_index)
         if logps.dim() != (2 if cu_seqlens is None else 1):
             raise ValueError(f"logps: expected (B, T), or (N,) with cu_seqlens; got shape {tuple(logps.shape)}")
         if cu_seqlens is not None:
@@ -272,41 +227,52 @@ def sequence_logps(
         checks.unshifted(shift, ranks.context)
     if ranks:
         count = len(logps) if cu_seqlens is None else len(cu_seqlens) - 1
+        ranks = ranks.sharing({"average_log_prob": average_log_prob})
         ranks.agree_on(logps.device, parts=fingerprints(logps=logps.unsqueeze(-1)), sequences=count)
     scored = None
     if average_log_prob:
         scored = reference.targets(labels, shift, ignore_index, cu_seqlens) != ignore_index
-    return sequence_sums(logps, scored, cu_seqlens, ranks)
-
-
-def sequence_sums(logps: Tensor, scored: Tensor | None, cu_seqlens: Tensor | None, ranks: Ranks) -> Tensor:
-    """Stage 2 over the ranks of the context group."""
-    count = None if scored is None else reference.per_sequence(scored, cu_seqlens)
-    total, count = sums_over_ranks(reference.per_sequence(logps, cu_seqlens), count, ranks.context)
-    return total if count is None else reference.mean_logps(total, count)
+    return engine.sequence_sums(logps, scored, cu_seqlens, ranks)
 
 
 def kl_reference_point(
     kl_logps: Tensor,  # (K,)
     ref_kl_logps: Tensor | None = None,  # (K,)
     *,
-    process_group: Any = None,
+    process_group: Group | None = None,
 ) -> Tensor:
-    """Stage 3: `z0 = max(0, mean_j(S^π_j − S^ref_j))` over mismatched completions, in nats; () fp64, no gradient.
+    """Stage 3: the KL estimate `z0 = max(0, mean_j(S^policy_j − S^reference_j))` over K mismatched completions.
 
-    Without `ref_kl_logps` the reference counts as 0. An empty batch gives 0. With a `process_group` (a ProcessGroup, or
-    a one-dimensional DeviceMesh) j runs over the completions of all its ranks: their sums and counts are added before
-    the division and the clamp, by one all-reduce.
+    Args:
+        kl_logps: (K,) bf16, fp16, fp32 or fp64: the policy's sequence log-probabilities of mismatched completions, in
+            nats.
+        ref_kl_logps: (K,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities of the same completions,
+            in nats. None: they count as 0.
+        process_group: a ProcessGroup or one-dimensional DeviceMesh. The mean is over the completions of all ranks: one
+            all-reduce adds the ranks' sums and counts before the division and the clamp. None: this rank's completions
+            alone.
+
+    Returns:
+        z0 in nats, () fp64, without gradient (arXiv 2402.01306, equations 7 and 8). An empty batch gives 0.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: another rank's arguments are not; or torch.distributed is not initialised.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape or device; the message names it.
+        RuntimeError: another rank's checks failed, or torch.distributed is not initialised.
+
+    Examples:
+        >>> import torch
+        >>> from kto_kernels import kl_reference_point
+        >>> kl_reference_point(torch.tensor([-3.0, -4.0]), torch.tensor([-4.0, -4.5]))
+        tensor(0.7500, dtype=torch.float64)
+        >>> kl_reference_point(torch.tensor([-5.0]), torch.tensor([-4.0]))
+        tensor(0., dtype=torch.float64)
     """
-    ranks = Ranks.of(process_group=process_group)
-    with ranks.checks(kl_logps):
+    ranks = Ranks.of(process_group)
+    with ranks.failing_together(kl_logps):
         checks.tensor("kl_logps", kl_logps, checks.FLOATS)
         checks.kl_pair(kl_logps, ref_kl_logps, None, kl_logps)
-    return ranks.start_kl(kl_logps, ref_kl_logps, kl_logps)()
+    return ranks.start_reference_point(kl_logps, ref_kl_logps, kl_logps)()
 
 
 def kto_loss_from_logps(
@@ -320,122 +286,55 @@ def kto_loss_from_logps(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    loss_type: str = "kto",
-    reduction: str = "mean",
-    process_group: Any = None,
+    loss_type: LossType = "kto",
+    reduction: Reduction = "mean",
+    process_group: Group | None = None,
 ) -> KTOOutput:
     """Stages 3 to 5: the loss from sequence log-probabilities, in plain PyTorch, differentiable in `logps`.
 
-    Args and errors as for `kto_loss`; `logps` is (B,) floating, and the loss has its dtype (at least fp32).
+    Args:
+        logps: (B,) bf16, fp16, fp32 or fp64: the policy's sequence log-probabilities in nats.
+        desirable: (B,) bool, True for thumbs up.
+        ref_logps: (B,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities in nats. None: the loss is
+            reference-free, with S^reference = 0.
+        kl: the KL estimate z0 in nats, as a number or as a () tensor of bf16, fp16, fp32 or fp64; a negative value
+            counts as 0. None: z0 is computed from `kl_logps`.
+        kl_logps: (K,) bf16, fp16, fp32 or fp64: the policy's sequence log-probabilities of mismatched completions, in
+            nats. None: z0 is given as `kl`.
+        ref_kl_logps: (K,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities of the same completions,
+            in nats; needed with a reference. None: there is no reference, or z0 is given as `kl`.
+        beta: β, how sharply the loss saturates, > 0, in 1/nat (arXiv 2402.01306, equations 7 and 8).
+        desirable_weight: λ_D, the weight of desirable sequences, >= 0. 1.0 leaves them as they are.
+        undesirable_weight: λ_U, the weight of undesirable sequences, >= 0. 1.0 leaves them as they are.
+        loss_type: "kto", or "apo_zero_unpaired" (arXiv 2408.06266), which is the same with z0 = 0 and allows no KL
+            source.
+        reduction: "mean" over the B sequences (0 for an empty batch), "sum", or "none" for the (B,) losses.
+        process_group: a ProcessGroup or one-dimensional DeviceMesh, over all of whose ranks' mismatched completions z0
+            is the mean. None: this rank's completions alone.
+
+    Returns:
+        The loss with what trainers log, as a `KTOOutput`. The loss has the dtype of `logps`, at least fp32.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other; the message
+            names it.
+        RuntimeError: another rank of the group has other options or failed its checks, or torch.distributed is not
+            initialised.
+
+    Examples:
+        >>> import torch
+        >>> from kto_kernels import kto_loss_from_logps
+        >>> logps = torch.tensor([-3.0, -5.0], requires_grad=True)
+        >>> out = kto_loss_from_logps(logps, torch.tensor([True, False]), ref_logps=torch.tensor([-3.0, -5.0]), kl=0.0)
+        >>> out.loss.backward()
+        >>> out.loss.item(), logps.grad
+        (0.5, tensor([-0.0125,  0.0125]))
     """
-    ranks = Ranks.of(
-        process_group=process_group,
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-        loss_type=loss_type,
-        reduction=reduction,
-    )
-    with ranks.checks(logps):
-        checks.tensor("logps", logps, checks.FLOATS)
-        if logps.dim() != 1:
-            raise ValueError(f"logps: expected shape (B,), got {tuple(logps.shape)}")
-        beta, *weights = loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction)
-        checks.desirable(desirable, logps.shape[0], logps)
-        if ref_logps is not None:
-            checks.sequences("ref_logps", ref_logps, logps.shape[0], "one per sequence", logps)
-        checks.kl_pair(kl_logps, ref_kl_logps, None, logps)
-        checks.kl_source(
-            loss_type,
-            kl,
-            logps,
-            has_reference=ref_logps is not None,
-            has_kl=kl_logps is not None,
-            has_ref_kl=ref_kl_logps is not None,
-        )
-    z0 = reference_point(kl, kl_logps, ref_kl_logps, logps, ranks)()
-    return loss_output(
-        logps, ref_logps, z0, desirable, beta, tuple(weights), reduction, reference.compute_dtype(logps.dtype)
-    )
-
-
-def before_policy(
-    kl_pass: Callable[[], Tensor] | None,
-    ref_kl_pass: Callable[[], Tensor] | None,
-    ref_pass: Callable[[], Tensor] | None,
-    given: tuple,
-    like: Tensor,
-    ranks: Ranks,
-) -> tuple[Callable[[], Tensor], Tensor | None]:
-    """What the policy's coefficients need, in an order that hides the reduction of z0 behind the reference's pass. Each
-    pass computes sequence log-probabilities that are not among the given (kl, kl_logps, ref_kl_logps, ref_logps).
-
-    Returns: what gives z0, and ref_logps (B,).
-    """
-    kl, kl_logps, ref_kl_logps, ref_logps = given
-    with torch.no_grad():
-        kl_logps = kl_logps if kl_pass is None else kl_pass()
-        ref_kl_logps = ref_kl_logps if ref_kl_pass is None else ref_kl_pass()
-        z0 = reference_point(kl, kl_logps, ref_kl_logps, like, ranks)
-        return z0, ref_logps if ref_pass is None else ref_pass()
-
-
-def reference_point(
-    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor, ranks: Ranks
-) -> Callable[[], Tensor]:
-    """Starts stage 3 on whichever KL source there is; what is returned gives z0 () fp64, 0 where there is none. A number
-    is taken as it is: it does not say of how many completions it is the mean."""
-    finish = ranks.start_kl(kl_logps, ref_kl_logps, like)
-    if kl is None:
-        return finish
-
-    def given() -> Tensor:
-        finish()
-        if isinstance(kl, Tensor):
-            return kl.detach().double().clamp(min=0)
-        return torch.zeros((), dtype=torch.float64, device=like.device).add(ops.data(float(kl))).clamp(min=0)
-
-    return given
-
-
-def loss_output(
-    logps: Tensor,  # (B,)
-    ref_logps: Tensor | None,  # (B,)
-    z0: Tensor,  # ()
-    desirable: Tensor,  # (B,)
-    beta: float | Tensor,
-    weights: tuple[float | Tensor, float | Tensor],
-    reduction: str,
-    dtype: torch.dtype,
-    loss: Tensor | None = None,  # where it is there already, with its own gradient
-    **more,
-) -> KTOOutput:
-    """Stages 4 and 5 in plain PyTorch."""
-    r = reference.log_ratio(logps, ref_logps)
-    if loss is None:
-        loss = reference.reduce(reference.loss(r, z0, desirable, beta, weights), reduction)
-    detached = logps.detach().double()
-    return KTOOutput(
-        loss=loss.to(dtype),
-        logps=detached,
-        ref_logps=torch.zeros_like(detached) if ref_logps is None else ref_logps.detach().double(),
-        rewards=(beta * r.detach()).to(dtype),
-        kl=z0.to(dtype),
-        desirable=desirable,
-        reduction=reduction,
-        **more,
-    )
-
-
-# Options that the losses share ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def loss_options(beta, desirable_weight, undesirable_weight, loss_type, reduction):
-    """Checks the options of the stages after the seam; returns β, λ_D, λ_U (see `ops.data`)."""
-    checks.choice("loss_type", loss_type, LOSS_TYPES)
-    checks.choice("reduction", reduction, REDUCTIONS)
-    return (
-        ops.data(checks.number("beta", beta, positive=True)),
-        ops.data(checks.number("desirable_weight", desirable_weight, positive=False)),
-        ops.data(checks.number("undesirable_weight", undesirable_weight, positive=False)),
-    )
+    ranks = Ranks.of(process_group)
+    with ranks.failing_together(logps):
+        scoring = Scoring(Scale())
+        objective = Objective(beta, desirable_weight, undesirable_weight, False, reduction, loss_type)
+        given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
+        inputs = Inputs("logps", logps, desirable=desirable, **given).checked(ranks, scoring, objective=objective)
+    return engine.run(engine.agree(inputs, scoring, objective, Chunking(), ranks))

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.support import short
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("KTO_KERNELS_CUDA_EMULATE", "1")
@@ -24,17 +26,31 @@ with contextlib.suppress(ImportError):
 # How many faults docs/trust.md numbers.
 FAULTS = 20
 
-# Beside other test processes one thread each; the tests of threading ask for theirs.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Beside other test processes one thread each.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--short", action="store_true", help="one case of each test, as in `make test`")
+    parser.addoption("--rest", action="store_true", help="the cases that --short leaves out")
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         # A property of the report, so that it comes back from the processes of pytest-xdist.
         for marker in item.iter_markers("fault"):
             item.user_properties += [("fault", number) for number in marker.args]
+    config.stash[short.CASES] = {
+        name: (cases, short.representative(name, cases)) for name, cases in short.functions(items).items()
+    }
+    if config.option.short or config.option.rest:
+        kept = {case for _, cases in config.stash[short.CASES].values() for case in cases}
+        left = [item for item in items if (item in kept) != config.option.short]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -56,10 +72,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
     torch.manual_seed(0)
     # Examples and demo lower it for their process, which a processor with AMX follows.
     torch.set_float32_matmul_precision("highest")
+    yield
+    # Left at more, every later test of the process would have threads that wait for each other on busy cores.
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -134,25 +134,26 @@ std::string find_openmp([[maybe_unused]] const std::string& torch_library) {
   return "";
 }
 
-void token_logps_forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int threads) {
+void token_logps_forward(const Rows& rows, const Scale& scale, const RowStatistics& out,
+                         int threads) {
   const Kernels& table = kernels();
   parallel_rows(rows.n_rows, bytes_per_row(rows), threads,
                 [&](int64_t begin, int64_t end) { table.forward(rows, scale, out, begin, end); });
 }
 
 void logits_backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
-                     const RowStatistics& statistics, const Output& output, int threads) {
+                     const RowStatistics& statistics, const Destination& output, int threads) {
   const Kernels& table = kernels();
   parallel_rows(rows.n_rows, bytes_per_row(rows), threads, [&](int64_t begin, int64_t end) {
     table.backward(rows, scale, gradient, statistics, output, begin, end);
   });
 }
 
-void score_chunk(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+void score_chunk(const Rows& rows, const Scale& scale, const ChunkScores& out, void* gradient,
                  int threads) {
   const Kernels& table = kernels();
   parallel_rows(rows.n_rows, bytes_per_row(rows), threads, [&](int64_t begin, int64_t end) {
-    table.score(rows, scale, out, gradient, begin, end);
+    table.chunk(rows, scale, out, gradient, begin, end);
   });
 }
 

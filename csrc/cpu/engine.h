@@ -19,14 +19,18 @@ const Kernels& kernels();
 // threads of its own. To be called once, before any other function here runs.
 std::string find_openmp(const std::string& torch_library);
 
-void token_logps_forward(const Rows&, const Scale&, const RowOutputs&, int threads);
+void token_logps_forward(const Rows&, const Scale&, const RowStatistics&, int threads);
 void logits_backward(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
-                     const Output&, int threads);
-void score_chunk(const Rows&, const Scale&, const ScoreOutputs&, void* gradient, int threads);
+                     const Destination&, int threads);
+void score_chunk(const Rows&, const Scale&, const ChunkScores&, void* gradient, int threads);
 
 // Asks the system to back a large fresh buffer with huge pages: writing it first is otherwise
 // mostly page faults. A hint: no error where the system knows no such thing.
 void advise_huge_pages(void* data, size_t bytes);
+
+// Whether a label is neither ignore_index nor in [0, vocab). Reads the labels and nothing else of
+// the rows.
+bool has_outside_label(const Rows&);
 
 // Stage sequence_logps: sums (or means over scored tokens) in fp64; also the scored tokens' count.
 void sequence_logps(const Rows&, const float* logps, bool average, double* sums, int64_t* counts);
@@ -53,6 +57,14 @@ struct SequenceOutputs {
   float* kl;
   float* coefficients;  // d loss / d token log-probability, per sequence
 };
+// Stages value and loss of each sequence by itself, in fp64.
+struct ValueOutputs {
+  double* losses;
+  double* slopes;  // d loss / d sequence log-probability
+  double* rewards;
+};
+void value_stages(const SequenceInputs&, double z0, const ValueOptions&, const ValueOutputs&);
+
 void sequence_stages(const SequenceInputs&, const KLInputs&, const ValueOptions&, Reduction,
                      const SequenceOutputs&);
 

@@ -1,6 +1,6 @@
-// Forward and backward over the rows of a set of logits: one read forward, one read and one write
-// backward; or both at once, one read and one write of memory. Compiled once per instruction set,
-// with KTO_ISA naming the table it fills.
+// Forward and backward over the rows of a set of logits. The forward reads them once, the backward
+// reads and writes them once, and for a chunk both together read and write memory once. This file
+// is compiled once per instruction set; KTO_ISA names the table that it fills.
 #include "kernels.h"
 
 #include "vector.h"
@@ -10,63 +10,63 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int64_t kStep = kUnroll * kLanes;
-// Sums stay in fp32 lanes for this many logits, then join an fp64 total.
+// Sums stay in fp32 lanes for this many logits and are then added to an fp64 total.
 constexpr int64_t kBlock = 64 * kStep;
-// The running reference follows the maximum only once it lags by this much, so that rescaling stays
-// rare. Little, as a gap above the reference is rounded: by 2^-24 at most up to 2, by 2^-22 up
-// to 8.
+// The running origin is raised only when a score exceeds it by this much in z, so that rescaling is
+// rare. The lag must be small: a gap above the origin is rounded, by at most 2^-24 for gaps up to 2
+// and by 2^-22 for gaps up to 8.
 constexpr float kLag = 2.0f;
 
 template <bool kSoftcap>
-inline Floats unit(Floats x, const Scale& scale) {
+inline Floats score(Floats x, const Scale& scale) {
   if constexpr (kSoftcap) return tanh(x * scale.inner);
   return x;
 }
 
-// Sums within a block.
+// The sums within one block of logits.
 struct Lanes {
   Floats sums[kUnroll] = {};
-  Floats weighted = {}, total = {};  // by-products
+  Floats moment = {}, total = {};  // for the outputs
 };
 
-// A partial softmax in the making, over z = outer * u; with its by-products or without.
-template <bool kByProducts>
+// The softmax of the logits read so far and, with kOutputs, the sums that the outputs need.
+template <bool kOutputs>
 struct Running {
   const float outer;
-  Partial<double> partial = {-INFINITY, 0.0};
-  float highest_u = -INFINITY;      // partial.reference / outer: exact, where z would be rounded
-  Floats origin = {};               // highest_u, or 0 while that is -inf
-  Floats limit = splat(-INFINITY);  // a u above it moves the reference
+  Statistics<double> statistics = {-INFINITY, 0.0};
+  float origin = -INFINITY;         // the score behind statistics.origin, which is rounded
+  Floats finite_origin = {};        // origin in each lane, or 0 while it is -inf
+  Floats limit = splat(-INFINITY);  // a score above it raises the origin
 
-  double weighted = 0.0;              // sum of exp(z - reference) (z - reference)
-  double total = 0.0;                 // sum of u
-  Floats highest = splat(-INFINITY);  // of the logits, since a softcap may tie them
+  double moment = 0.0;                // sum of exp(z - origin) (z - origin)
+  double total = 0.0;                 // sum of the scores
+  Floats highest = splat(-INFINITY);  // logit: under a softcap, different logits may score the same
 
-  void join(const Lanes& lanes) {
+  void add(const Lanes& lanes) {
     const Floats* sums = lanes.sums;
-    partial.sum += reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if constexpr (kByProducts) {
-      weighted += reduce_sum(lanes.weighted);
+    statistics.sum += reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if constexpr (kOutputs) {
+      moment += reduce_sum(lanes.moment);
       total += reduce_sum(lanes.total);
     }
   }
 
-  // Joins the lanes and returns fresh ones.
+  // Adds the lanes, moves the origin to the highest of u, and returns new lanes of zeros.
   Lanes raise(Floats u, const Lanes& lanes) {
-    join(lanes);
-    highest_u = reduce_max(u);
-    const double raised = double(highest_u) * outer;
-    if constexpr (kByProducts) weighted = weighted_at(raised, partial, weighted);
-    partial = {raised, partial.sum * decay(partial.reference, raised)};
-    origin = splat(highest_u);
-    limit = splat(highest_u + kLag / outer);
+    add(lanes);
+    origin = reduce_max(u);
+    const double raised = double(origin) * outer;
+    if constexpr (kOutputs) moment = moment_at(raised, statistics, moment);
+    statistics = {raised, statistics.sum * decay(statistics.origin, raised)};
+    finite_origin = splat(origin);
+    limit = splat(origin + kLag / outer);
     return {};
   }
 };
 
-// Adds x[0, n) to the running softmax, reading each logit once.
-template <class T, bool kSoftcap, bool kByProducts>
-void accumulate(const T* x, int64_t n, const Scale& scale, Running<kByProducts>& running) {
+// Folds x[0, n) into the running softmax, reading each logit once.
+template <class T, bool kSoftcap, bool kOutputs>
+void fold(const T* x, int64_t n, const Scale& scale, Running<kOutputs>& running) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = n - start < kBlock ? n : start + kBlock;
     Lanes lanes;
@@ -74,105 +74,107 @@ void accumulate(const T* x, int64_t n, const Scale& scale, Running<kByProducts>&
     for (; v + kStep <= end; v += kStep) {
       Floats u[kUnroll];
       for (int k = 0; k < kUnroll; k += 2) load2(x + v + k * kLanes, u[k], u[k + 1]);
-      if constexpr (kByProducts)
+      if constexpr (kOutputs)
         running.highest = max(running.highest, max(max(u[0], u[1]), max(u[2], u[3])));
-      for (int k = 0; k < kUnroll; ++k) u[k] = unit<kSoftcap>(u[k], scale);
+      for (int k = 0; k < kUnroll; ++k) u[k] = score<kSoftcap>(u[k], scale);
       const Floats maxima = max(max(u[0], u[1]), max(u[2], u[3]));
       if (any(maxima > running.limit)) lanes = running.raise(maxima, lanes);
-      Floats weighted[kUnroll];
+      Floats moments[kUnroll];
       for (int k = 0; k < kUnroll; ++k) {
-        const Floats gap = (u[k] - running.origin) * running.outer;
+        const Floats gap = (u[k] - running.finite_origin) * running.outer;
         const Floats e = exp(gap);
         lanes.sums[k] += e;
-        weighted[k] = e * finite_exponent(gap);  // 0 for a gap of -inf
+        moments[k] = e * finite_exponent(gap);  // 0 for a gap of -inf
       }
-      if constexpr (kByProducts) {
-        lanes.weighted += (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+      if constexpr (kOutputs) {
+        lanes.moment += (moments[0] + moments[1]) + (moments[2] + moments[3]);
         lanes.total += (u[0] + u[1]) + (u[2] + u[3]);
       }
     }
     for (; v < end; v += kLanes) {
       const int64_t count = end - v < kLanes ? end - v : kLanes;
       const Floats x_v = load_tail(x + v, count);
-      Floats u = unit<kSoftcap>(x_v, scale);
-      if constexpr (kByProducts) {
+      Floats u = score<kSoftcap>(x_v, scale);
+      if constexpr (kOutputs) {
         running.highest = max(running.highest, x_v);
         for (int64_t k = 0; k < count; ++k) running.total += u[k];
       }
-      for (int64_t k = count; k < kLanes; ++k) u[k] = -INFINITY;  // a softcap made them finite
+      for (int64_t k = count; k < kLanes; ++k)
+        u[k] = -INFINITY;  // lanes behind the end, which a softcap made finite
       if (any(u > running.limit)) lanes = running.raise(u, lanes);
-      const Floats gap = (u - running.origin) * running.outer;
+      const Floats gap = (u - running.finite_origin) * running.outer;
       const Floats e = exp(gap);
       lanes.sums[0] += e;
-      if constexpr (kByProducts) lanes.weighted += e * finite_exponent(gap);
+      if constexpr (kOutputs) lanes.moment += e * finite_exponent(gap);
     }
-    running.join(lanes);
+    running.add(lanes);
   }
 }
 
-struct RowScores {
-  float logp, reference, sum;
-  float entropy, mean_logits;  // by-products, like the next
+struct ScoredRow {
+  float logp, origin, sum;
+  float entropy, mean_logits;  // outputs, as is_top1 is
   bool is_top1;
 };
 
-template <class T, bool kSoftcap, bool kByProducts>
-RowScores score_row(const T* x, int64_t vocab, int64_t label, const Scale& scale) {
-  Running<kByProducts> running{scale.outer};
+template <class T, bool kSoftcap, bool kOutputs>
+ScoredRow score_row(const T* x, int64_t vocab, int64_t label, const Scale& scale) {
+  Running<kOutputs> running{scale.outer};
   const int64_t front = label < 0 ? 0 : label, back = label < 0 ? 0 : label + 1;
-  accumulate<T, kSoftcap>(x, front, scale, running);
+  fold<T, kSoftcap>(x, front, scale, running);
   const float before = reduce_max(running.highest);
-  accumulate<T, kSoftcap>(x + back, vocab - back, scale, running);
+  fold<T, kSoftcap>(x + back, vocab - back, scale, running);
   const Floats x_y = splat(label < 0 ? -INFINITY : load_one(x + label));
-  const float u = label < 0 ? -INFINITY : unit<kSoftcap>(x_y, scale)[0];
+  const float u = label < 0 ? -INFINITY : score<kSoftcap>(x_y, scale)[0];
   const double y = double(u) * scale.outer;
-  const Partial<double> others = running.partial, all = merge(others, {y, decay(y, y)});
-  const float reference = u > running.highest_u ? u : running.highest_u;
-  RowScores scores{float(label_logp(others, y)), reference, float(all.sum), 0, 0, false};
-  if constexpr (kByProducts) {
-    const double weighted = weighted_at(all.reference, others, running.weighted) +
-                            weighted_at(all.reference, {y, 1.0}, 0.0);
-    scores.entropy = float(entropy(all.sum, weighted));
-    scores.mean_logits = float((running.total + u) * scale.outer / double(vocab));
+  const Statistics<double> others = running.statistics, all = merge(others, {y, decay(y, y)});
+  const float origin = u > running.origin ? u : running.origin;
+  ScoredRow row{float(label_logp(others, y)), origin, float(all.sum), 0, 0, false};
+  if constexpr (kOutputs) {
+    const double moment =
+        moment_at(all.origin, others, running.moment) + moment_at(all.origin, {y, 1.0}, 0.0);
+    row.entropy = float(entropy(all.sum, moment));
+    row.mean_logits = float((running.total + u) * scale.outer / double(vocab));
     // A row whose softmax is NaN has no argmax.
-    scores.is_top1 =
+    row.is_top1 =
         !isnan(all.sum) && (label == 0 || before < x_y[0]) && reduce_max(running.highest) <= x_y[0];
   }
-  return scores;
+  return row;
 }
 
 template <class T, bool kSoftcap>
-void forward(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_t begin,
+void forward(const Rows& rows, const Scale& scale, const RowStatistics& out, int64_t begin,
              int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
     if (label == kIgnored) {  // an ignored row costs no pass over its logits
-      out.logps[n] = out.reference[n] = out.sum[n] = 0;
+      out.logps[n] = out.origin[n] = out.sum[n] = 0;
       continue;
     }
     const T* x = static_cast<const T*>(rows.logits) + logits_offset(rows, n);
-    const RowScores scores = score_row<T, kSoftcap, false>(x, rows.vocab, label, scale);
-    out.logps[n] = scores.logp;
-    out.reference[n] = scores.reference;
-    out.sum[n] = scores.sum;
+    const ScoredRow row = score_row<T, kSoftcap, false>(x, rows.vocab, label, scale);
+    out.logps[n] = row.logp;
+    out.origin[n] = row.origin;
+    out.sum[n] = row.sum;
   }
 }
 
-// out[v] = d/dx_v of the label's log-probability, times g: -g p_v, and g (1 - p_y) at the label.
+// Writes g times the gradient of the label's log-probability: -g p_v dz/dx for each v, and
+// g (1 - p_y) dz/dx at the label.
 template <class T, bool kSoftcap>
 void backward_row(const T* x, T* out, int64_t vocab, int64_t label, double g, float logp,
-                  float reference, float sum, const Scale& scale) {
+                  float origin, float sum, const Scale& scale) {
   const double slope = g * scale.slope;
-  const double y = label < 0 ? 0 : unit<kSoftcap>(splat(load_one(x + label)), scale)[0];
+  const double y = label < 0 ? 0 : score<kSoftcap>(splat(load_one(x + label)), scale)[0];
   const float factor = float(sum == 0 ? -slope : -slope / sum);
-  const float origin = reference == -INFINITY ? 0.0f : reference;
-  if (isnan(factor)) {  // one NaN in the row is a NaN in every gradient of it
+  const float finite_origin = origin == -INFINITY ? 0.0f : origin;
+  if (isnan(factor)) {  // one NaN among the logits makes all of the row's gradient NaN
     for (int64_t v = 0; v < vocab; ++v) store_one(out + v, NAN);
     return;
   }
   const auto gradient = [&](Floats x_v) {
-    const Floats u = unit<kSoftcap>(x_v, scale);
-    const Floats p = exp((u - origin) * scale.outer) * factor;
+    const Floats u = score<kSoftcap>(x_v, scale);
+    const Floats p = exp((u - finite_origin) * scale.outer) * factor;
     if constexpr (kSoftcap) return p * (1.0f - u * u);
     return p;
   };
@@ -188,13 +190,15 @@ void backward_row(const T* x, T* out, int64_t vocab, int64_t label, double g, fl
     store_tail(out + v, gradient(load_tail(x + v, count)), count);
   }
   if (label < 0) return;
-  // 1 - p_y from the log-probability: rounding p_y first would lose every near-certain token.
+  // 1 - p_y is computed from the log-probability: rounding p_y first would lose its digits for
+  // every near-certain token.
   store_one(out + label, float(slope * -expm1(double(logp)) * (kSoftcap ? 1 - y * y : 1)));
 }
 
 template <class T, bool kSoftcap>
 void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
-              const RowStatistics& statistics, const Output& output, int64_t begin, int64_t end) {
+              const RowStatistics& statistics, const Destination& output, int64_t begin,
+              int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n);
     const double g = label == kIgnored ? 0.0 : gradient_of(gradient, rows, n);
@@ -208,28 +212,28 @@ void backward(const Rows& rows, const Scale& scale, const Gradient& gradient,
     }
     const T* x = static_cast<const T*>(rows.logits) + logits_offset(rows, n);
     backward_row<T, kSoftcap>(x, out, rows.vocab, label, g, statistics.logps[n],
-                              statistics.reference[n], statistics.sum[n], scale);
+                              statistics.origin[n], statistics.sum[n], scale);
   }
 }
 
-template <class T, bool kSoftcap, bool kByProducts>
-void score(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+template <class T, bool kSoftcap, bool kOutputs>
+void chunk(const Rows& rows, const Scale& scale, const ChunkScores& out, void* gradient,
            int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t label = label_of(rows, n), offset = logits_offset(rows, n);
     const T* x = static_cast<const T*>(rows.logits) + offset;
-    const RowScores scores = score_row<T, kSoftcap, kByProducts>(x, rows.vocab, label, scale);
-    out.logps[n] = scores.logp;
-    if (out.entropy != nullptr) out.entropy[n] = scores.entropy;
-    if (out.mean_logits != nullptr) out.mean_logits[n] = scores.mean_logits;
-    if (out.is_top1 != nullptr) out.is_top1[n] = scores.is_top1;
+    const ScoredRow row = score_row<T, kSoftcap, kOutputs>(x, rows.vocab, label, scale);
+    out.logps[n] = row.logp;
+    if (out.entropy != nullptr) out.entropy[n] = row.entropy;
+    if (out.mean_logits != nullptr) out.mean_logits[n] = row.mean_logits;
+    if (out.is_top1 != nullptr) out.is_top1[n] = row.is_top1;
     if (gradient != nullptr)
       backward_row<T, kSoftcap>(x, static_cast<T*>(gradient) + offset, rows.vocab, label, 1.0,
-                                scores.logp, scores.reference, scores.sum, scale);
+                                row.logp, row.origin, row.sum, scale);
   }
 }
 
-// Calls body with a value of the logits' type and the softcap as a compile-time constant.
+// Calls body with the logits' type and the softcap as template arguments.
 template <class Body>
 void dispatch(DType dtype, bool softcap, Body&& body) {
   const auto with_type = [&](auto value) {
@@ -248,27 +252,27 @@ void dispatch(DType dtype, bool softcap, Body&& body) {
   }
 }
 
-void forward_any(const Rows& rows, const Scale& scale, const RowOutputs& out, int64_t begin,
+void forward_any(const Rows& rows, const Scale& scale, const RowStatistics& out, int64_t begin,
                  int64_t end) {
   dispatch(rows.dtype, scale.softcap,
            [&]<class T, bool kSoftcap>() { forward<T, kSoftcap>(rows, scale, out, begin, end); });
 }
 
 void backward_any(const Rows& rows, const Scale& scale, const Gradient& gradient,
-                  const RowStatistics& statistics, const Output& output, int64_t begin,
+                  const RowStatistics& statistics, const Destination& output, int64_t begin,
                   int64_t end) {
   dispatch(rows.dtype, scale.softcap, [&]<class T, bool kSoftcap>() {
     backward<T, kSoftcap>(rows, scale, gradient, statistics, output, begin, end);
   });
 }
 
-void score_any(const Rows& rows, const Scale& scale, const ScoreOutputs& out, void* gradient,
+void chunk_any(const Rows& rows, const Scale& scale, const ChunkScores& out, void* gradient,
                int64_t begin, int64_t end) {
   dispatch(rows.dtype, scale.softcap, [&]<class T, bool kSoftcap>() {
     if (out.entropy != nullptr || out.mean_logits != nullptr || out.is_top1 != nullptr)
-      score<T, kSoftcap, true>(rows, scale, out, gradient, begin, end);
+      chunk<T, kSoftcap, true>(rows, scale, out, gradient, begin, end);
     else
-      score<T, kSoftcap, false>(rows, scale, out, gradient, begin, end);
+      chunk<T, kSoftcap, false>(rows, scale, out, gradient, begin, end);
   });
 }
 
@@ -279,6 +283,6 @@ void score_any(const Rows& rows, const Scale& scale, const ScoreOutputs& out, vo
 #define KTO_STRING(isa) #isa
 #define KTO_NAME(isa) KTO_STRING(isa)
 
-extern const Kernels KTO_TABLE(KTO_ISA) = {KTO_NAME(KTO_ISA), forward_any, backward_any, score_any};
+extern const Kernels KTO_TABLE(KTO_ISA) = {KTO_NAME(KTO_ISA), forward_any, backward_any, chunk_any};
 
 }  // namespace kto

@@ -1,45 +1,42 @@
-// The row kernels, one table per instruction set (kernels.cpp is compiled once for each).
+// The kernels that read logits, in one table for each instruction set that kernels.cpp is compiled
+// for.
 #pragma once
 
 #include "../rows.h"
 
 namespace kto {
 
-// Per-row outputs of the forward. sum is that of exp(z - outer * reference) over the whole row; it
-// and the reference, a u = z / outer near the highest, feed the backward.
-struct RowOutputs {
-  float* logps;
-  float* reference;
-  float* sum;
-};
-
-// Per-row outputs of the scoring pass; of the by-products, null where one is not asked for.
-struct ScoreOutputs {
+// The results of the pass over a chunk, one for each row. Outputs that are not asked for are null.
+struct ChunkScores {
   float* logps;
   float* entropy;
   float* mean_logits;
   bool* is_top1;  // whether the label is the first argmax
 };
 
+// Per-row results of the forward, which the backward reads: the label's log-probability, and
+// the statistics of the row's softmax. The origin is a score, near the row's highest; the sum is
+// that of exp(outer * (u - origin)).
 struct RowStatistics {
-  const float* logps;
-  const float* reference;
-  const float* sum;
+  float* logps;
+  float* origin;
+  float* sum;
 };
 
-// Where the gradient goes: the logits themselves (in place) or another buffer of the same type.
-struct Output {
+// Where the backward writes the gradient: over the logits, or to another buffer of their type.
+struct Destination {
   void* data;
   int64_t stride_b, stride_t;
 };
 
 struct Kernels {
   const char* name;
-  void (*forward)(const Rows&, const Scale&, const RowOutputs&, int64_t begin, int64_t end);
-  void (*backward)(const Rows&, const Scale&, const Gradient&, const RowStatistics&, const Output&,
-                   int64_t begin, int64_t end);
-  // Both passes over a row while it is in the core's cache; gradient is null or the logits.
-  void (*score)(const Rows&, const Scale&, const ScoreOutputs&, void* gradient, int64_t begin,
+  void (*forward)(const Rows&, const Scale&, const RowStatistics&, int64_t begin, int64_t end);
+  void (*backward)(const Rows&, const Scale&, const Gradient&, const RowStatistics&,
+                   const Destination&, int64_t begin, int64_t end);
+  // Forward and backward of each row in turn, so that the second pass finds the row in the core's
+  // cache. `gradient` is the logits' address, or null for no backward.
+  void (*chunk)(const Rows&, const Scale&, const ChunkScores&, void* gradient, int64_t begin,
                 int64_t end);
 };
 

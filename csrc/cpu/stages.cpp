@@ -5,6 +5,14 @@
 
 namespace kto {
 
+bool has_outside_label(const Rows& rows) {
+  for (int64_t n = 0; n < rows.n_rows; ++n) {
+    const int64_t label = index_at(rows.labels, labels_offset(rows, n));
+    if (label != rows.ignore_index && (label < 0 || label >= rows.vocab)) return true;
+  }
+  return false;
+}
+
 void sequence_logps(const Rows& rows, const float* logps, bool average, double* sums,
                     int64_t* counts) {
   for (int64_t i = 0; i < rows.n_sequences; ++i) {
@@ -35,11 +43,23 @@ double reference_point(const KLInputs& inputs) {
 
 }  // namespace
 
+void value_stages(const SequenceInputs& inputs, double z0, const ValueOptions& options,
+                  const ValueOutputs& out) {
+  for (int64_t i = 0; i < inputs.n_sequences; ++i) {
+    const double log_ratio =
+        difference(inputs.logps[i], inputs.ref_logps ? inputs.ref_logps[i] : 0.0);
+    const SequenceLoss loss = sequence_loss(log_ratio, z0, inputs.desirable[i], options);
+    out.losses[i] = loss.loss;
+    out.slopes[i] = loss.slope;
+    out.rewards[i] = options.beta * log_ratio;
+  }
+}
+
 void sequence_stages(const SequenceInputs& inputs, const KLInputs& kl, const ValueOptions& options,
                      Reduction reduction, const SequenceOutputs& out) {
   const double z0 = reference_point(kl);
   *out.kl = float(z0);
-  const double share =
+  const double factor =
       reduction == Reduction::mean ? 1.0 / double(std::max<int64_t>(1, inputs.n_sequences)) : 1.0;
   double total = 0;
   for (int64_t i = 0; i < inputs.n_sequences; ++i) {
@@ -48,11 +68,11 @@ void sequence_stages(const SequenceInputs& inputs, const KLInputs& kl, const Val
     const SequenceLoss loss = sequence_loss(log_ratio, z0, inputs.desirable[i], options);
     const double tokens = inputs.average ? double(std::max<int64_t>(1, inputs.counts[i])) : 1.0;
     out.rewards[i] = float(options.beta * log_ratio);
-    out.coefficients[i] = float(loss.slope * share / tokens);
+    out.coefficients[i] = float(loss.slope * factor / tokens);
     if (reduction == Reduction::none) out.loss[i] = float(loss.loss);
     total += loss.loss;
   }
-  if (reduction != Reduction::none) *out.loss = float(total * share);
+  if (reduction != Reduction::none) *out.loss = float(total * factor);
 }
 
 }  // namespace kto

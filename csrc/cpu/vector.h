@@ -1,5 +1,5 @@
-// One vector type on GCC/Clang vector extensions: the same source is compiled once per
-// instruction set (KTO_VECTOR_BYTES wide), so no kernel is written twice.
+// Vectors of KTO_VECTOR_BYTES, by the vector extensions of GCC and Clang: the same source is
+// compiled for every instruction set, so that no kernel is written twice.
 #pragma once
 
 #include <math.h>
@@ -9,7 +9,7 @@
 #if defined(__AVX512F__) || defined(__F16C__)
 #if !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // its own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC's own intrinsics (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -22,8 +22,8 @@
 #error "KTO_VECTOR_BYTES: compile with the vector width of the instruction set"
 #endif
 
-// Internal linkage throughout: code compiled for AVX-512 must never be the copy that the linker
-// keeps for a baseline machine.
+// Everything here has internal linkage: of two inline functions with external linkage the linker
+// keeps one, and the copy compiled for AVX-512 must not end up on a baseline machine.
 namespace {
 
 constexpr int kLanes = KTO_VECTOR_BYTES / 4;
@@ -45,7 +45,8 @@ inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline Floats to_float(Halves h, bf16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
 
-// To nearest even, in the upper half of each word. Not for NaNs with a payload in the lower half.
+// Rounds to the nearest (even) bf16, in the upper half of each word. A NaN whose payload is in the
+// lower half alone would become an infinity or a number.
 inline Words round_to_bf16(Floats f) {
   const Words bits = (Words)f;
   return bits + (((bits >> 16) & 1u) + 0x7fffu);
@@ -62,7 +63,8 @@ inline Floats to_float(Halves h, f16) {
   return (Floats)_mm256_cvtph_ps((__m128i)h);
 #else
   const Words w = __builtin_convertvector(h, Words);
-  const Floats scaled = (Floats)((w & 0x7fffu) << 13) * 0x1p112f;  // subnormals come out normal
+  const Floats scaled =
+      (Floats)((w & 0x7fffu) << 13) * 0x1p112f;  // makes subnormals normal numbers
   const Words finite = (Words)scaled;
   const Words special = ((w & 0x7fffu) << 13) | 0x7f800000u;  // inf and NaN
   return (Floats)(((w & 0x7c00u) == 0x7c00u ? special : finite) | ((w & 0x8000u) << 16));
@@ -105,8 +107,8 @@ inline void store(T* p, Floats v) {
   memcpy(p, &h, sizeof h);
 }
 
-// 2 * kLanes values at a time. Which of the two vectors holds which value is the type's business:
-// bf16 splits even and odd ones, which costs no shuffle.
+// Load and store 2 * kLanes values. The order of the values in the two vectors depends on the type:
+// for bf16 one holds the even and one the odd ones, which costs no shuffle.
 template <class T>
 inline void load2(const T* p, Floats& a, Floats& b) {
   a = load(p);
@@ -132,7 +134,8 @@ inline void store2(bf16* p, Floats a, Floats b) {
 }
 #endif
 
-// The last n < kLanes values of a row; the missing lanes read -inf, the softmax's zero.
+// Load and store the last n < kLanes values of a row. Lanes behind the end are loaded as -inf,
+// which adds nothing to a softmax.
 template <class T>
 inline Floats load_tail(const T* p, int64_t n) {
   T values[kLanes];
@@ -182,8 +185,9 @@ inline bool any(Ints mask) {
 #endif
 }
 
-// x = n ln2 + r with |r| <= ln2 / 2; gives n and expm1(r). Cody-Waite reduction with the two-part
-// ln2 and the degree-6 polynomial of Cephes expf (Moshier), about one unit in the last place.
+// Writes x as n ln2 + r with |r| <= ln2 / 2, and returns n and expm1(r): Cody-Waite reduction with
+// the two-part ln2 and the degree-6 polynomial of Cephes' expf (Moshier), accurate to about one
+// unit in the last place.
 struct Reduced {
   Floats expm1, n;
 };
@@ -205,22 +209,22 @@ inline Reduced reduce(Floats x) {
   return {p, n};
 }
 
-// x, or a finite number where x is -inf or so low that exp(x) is 0 all the same; NaN stays NaN.
+// x, or a finite number where x is so low (or -inf) that exp of either is 0; NaN stays NaN.
 inline Floats finite_exponent(Floats x) { return x < -104.0f ? splat(-104.0f) : x; }
 
-// exp(x) for x < 88, subnormal results included; NaN stays NaN.
+// exp(x) for x < 88, also where it is subnormal; NaN stays NaN.
 inline Floats exp(Floats x) {
   const Reduced e = reduce(finite_exponent(x));
 #if defined(__AVX512F__)
   return (Floats)_mm512_scalef_ps((__m512)(e.expm1 + 1.0f), (__m512)e.n);
 #else
   const Ints n = __builtin_convertvector(e.n, Ints);
-  const Ints half = n >> 1;  // in two factors: 2^n alone may be subnormal
+  const Ints half = n >> 1;  // two factors, as 2^n alone may be subnormal
   return (e.expm1 + 1.0f) * power_of_two(half) * power_of_two(n - half);
 #endif
 }
 
-// tanh(x) = e / (e + 2), e = expm1(2|x|): accurate near 0 too.
+// tanh(|x|) = e / (e + 2) with e = expm1(2|x|), which is accurate near 0 too.
 inline Floats tanh(Floats x) {
   const Words sign = (Words)x & 0x80000000u;
   Floats a = (Floats)((Words)x ^ sign);

@@ -1,5 +1,6 @@
-// kto_kernels._cuda, and kto_kernels._cuda_emulation with the same interface: raw pointers, sizes,
-// strides and a stream's handle. Arguments are validated by the Python launchers.
+// kto_kernels._cuda, and kto_kernels._cuda_emulation with the same interface: a function for each
+// launch of launch.h, which takes the members of its structs as dicts. The Python launchers have
+// validated them.
 #include "../bindings.h"
 
 #include <stdexcept>
@@ -13,136 +14,162 @@ namespace kto {
 extern unsigned emulation_seed;
 #endif
 
+template <class F>
+void fields(RowSet& set, F&& field) {
+  field("rows", set.rows);
+  field("logps", set.logps);
+  field("origin", set.origin);
+  field("sum", set.sum);
+  field("sums", set.sums);
+  field("counts", set.counts);
+}
+
+template <class F>
+void fields(Values& values, F&& field) {
+  field("data", values.data);
+  field("type", values.type);
+  field("stride", values.stride);
+}
+
+template <class F>
+void fields(Stages& stages, F&& field) {
+  field("average", stages.average);
+  field("reduction", stages.reduction);
+  field("n_sequences", stages.n_sequences);
+  field("n_kl", stages.n_kl);
+  field("logps", stages.logps);
+  field("counts", stages.counts);
+  field("ref_logps", stages.ref_logps);
+  field("kl_logps", stages.kl_logps);
+  field("ref_kl_logps", stages.ref_kl_logps);
+  field("kl", stages.kl);
+  field("kl_value", stages.kl_value);
+  field("desirable", stages.desirable);
+  field("desirable_stride", stages.desirable_stride);
+  field("beta", stages.options.beta);
+  field("desirable_weight", stages.options.desirable_weight);
+  field("undesirable_weight", stages.options.undesirable_weight);
+  field("loss", stages.loss);
+  field("ref_logps_out", stages.ref_logps_out);
+  field("rewards", stages.rewards);
+  field("kl_out", stages.kl_out);
+  field("coefficients", stages.coefficients);
+}
+
+// The sets of rows and the stages are arguments of their own.
+template <class F>
+void fields(ForwardArguments& arguments, F&& field) {
+  field("scale", arguments.scale);
+  field("splits", arguments.splits);
+  field("shares", arguments.shares);
+  field("arrivals", arguments.arrivals);
+}
+
+template <class F>
+void fields(BackwardArguments& arguments, F&& field) {
+  field("rows", arguments.rows);
+  field("scale", arguments.scale);
+  field("grad", arguments.gradient.grad);
+  field("grad_stride", arguments.gradient.grad_stride);
+  field("coefficients", arguments.gradient.coefficients);
+  field("logps", arguments.logps);
+  field("origin", arguments.origin);
+  field("sum", arguments.sum);
+  field("out", arguments.out);
+  field("out_stride_b", arguments.out_stride_b);
+  field("out_stride_t", arguments.out_stride_t);
+  field("splits", arguments.splits);
+}
+
+template <class F>
+void fields(ChunkArguments& arguments, F&& field) {
+  field("rows", arguments.rows);
+  field("scale", arguments.scale);
+  field("gradient", arguments.gradient);
+  field("logps", arguments.logps);
+  field("entropy", arguments.entropy);
+  field("mean_logits", arguments.mean_logits);
+  field("is_top1", arguments.is_top1);
+}
+
+template <class F>
+void fields(MultiplyArguments& arguments, F&& field) {
+  field("data", arguments.data);
+  field("dtype", arguments.dtype);
+  field("count", arguments.count);
+  field("factor", arguments.factor);
+  field("blocks", arguments.blocks);
+}
+
+template <class F>
+void fields(SequencesArguments& arguments, F&& field) {
+  field("token_logps", arguments.token_logps);
+  field("offsets", arguments.offsets);
+  field("n_sequences", arguments.n_sequences);
+  field("sums", arguments.sums);
+  field("average", arguments.average);
+  field("counts", arguments.counts);
+  field("lengths", arguments.lengths);
+  field("ref_logps", arguments.ref_logps);
+  field("z0", arguments.z0);
+  field("desirable", arguments.desirable);
+  field("desirable_stride", arguments.desirable_stride);
+  field("beta", arguments.options.beta);
+  field("desirable_weight", arguments.options.desirable_weight);
+  field("undesirable_weight", arguments.options.undesirable_weight);
+  field("reduced_by", arguments.reduced_by);
+  field("logps", arguments.logps);
+  field("slopes", arguments.slopes);
+  field("losses", arguments.losses);
+  field("rewards", arguments.rewards);
+  field("divisor", arguments.divisor);
+  field("factor", arguments.factor);
+}
+
+template <class F>
+void fields(Target& target, F&& field) {
+  field("device", target.device);
+  field("stream", target.stream);
+}
+
 namespace {
 
+template <class Arguments>
+void launch(void (*launcher)(const Arguments&, Target), const Arguments& arguments,
+            const py::dict& given) {
+  const Target target = filled<Target>(given);
+  py::gil_scoped_release released;
+  launcher(arguments, target);
+}
+
+template <class Arguments>
+void bind_launcher(py::module_& m, const char* name, void (*launcher)(const Arguments&, Target)) {
+  m.def(name, [launcher](const py::dict& arguments, const py::dict& target) {
+    launch(launcher, filled<Arguments>(arguments), target);
+  });
+}
+
 void bind(py::module_& m) {
-  bind_rows(m);
-
-  type<RowSet>(m, "RowSet")
-      .def(py::init([](const Rows& rows, uintptr_t logps, uintptr_t maximum, uintptr_t sum,
-                       uintptr_t sums, uintptr_t counts) {
-             return RowSet{rows,
-                           0,
-                           pointer<float>(logps),
-                           pointer<float>(maximum),
-                           pointer<float>(sum),
-                           pointer<double>(sums),
-                           pointer<double>(counts)};
-           }),
-           py::kw_only(), py::arg("rows"), py::arg("logps"), py::arg("maximum") = 0,
-           py::arg("sum") = 0, py::arg("sums") = 0, py::arg("counts") = 0);
-
-  type<Values>(m, "Values")
-      .def(py::init([](uintptr_t data, int type, int64_t stride) {
-             return Values{pointer<void>(data), type, stride};
-           }),
-           py::kw_only(), py::arg("data"), py::arg("type"), py::arg("stride"));
-
-  type<Stages>(m, "Stages")
-      .def(py::init([](bool average, int reduction, int64_t n_sequences, int64_t n_kl,
-                       uintptr_t logps, uintptr_t counts, const Values& ref_logps,
-                       const Values& kl_logps, const Values& kl_ref_logps, const Values& kl,
-                       double kl_value, uintptr_t desirable, int64_t desirable_stride, double beta,
-                       double desirable_weight, double undesirable_weight, uintptr_t loss,
-                       uintptr_t ref_logps_out, uintptr_t rewards, uintptr_t kl_out,
-                       uintptr_t coefficients) {
-             return Stages{true,
-                           average,
-                           Reduction(reduction),
-                           n_sequences,
-                           n_kl,
-                           pointer<double>(logps),
-                           pointer<double>(counts),
-                           ref_logps,
-                           kl_logps,
-                           kl_ref_logps,
-                           kl,
-                           kl_value,
-                           pointer<bool>(desirable),
-                           desirable_stride,
-                           {beta, desirable_weight, undesirable_weight},
-                           pointer<float>(loss),
-                           pointer<double>(ref_logps_out),
-                           pointer<float>(rewards),
-                           pointer<float>(kl_out),
-                           pointer<float>(coefficients)};
-           }),
-           py::kw_only(), py::arg("average"), py::arg("reduction"), py::arg("n_sequences"),
-           py::arg("n_kl"), py::arg("logps"), py::arg("counts"), py::arg("ref_logps"),
-           py::arg("kl_logps"), py::arg("kl_ref_logps"), py::arg("kl"), py::arg("kl_value"),
-           py::arg("desirable"), py::arg("desirable_stride"), py::arg("beta"),
-           py::arg("desirable_weight"), py::arg("undesirable_weight"), py::arg("loss"),
-           py::arg("ref_logps_out"), py::arg("rewards"), py::arg("kl_out"),
-           py::arg("coefficients"));
-
-  m.def(
-      "forward",
-      [](const std::vector<RowSet>& sets, const Scale& scale, int splits, uintptr_t shares,
-         uintptr_t arrivals, const std::optional<Stages>& stages, int device, uintptr_t stream) {
-        if (sets.empty() || sets.size() > kMaxSets)
-          throw std::invalid_argument("sets: expected 1 to 4 sets of rows");
-        ForwardArguments arguments{};
-        for (const RowSet& set : sets) {
-          arguments.sets[arguments.n_sets] = set;
-          arguments.sets[arguments.n_sets++].first = arguments.n_rows;
-          arguments.n_rows += set.rows.n_rows;
-        }
-        arguments.splits = splits;
-        arguments.shares = pointer<Share>(shares);
-        arguments.arrivals = pointer<unsigned>(arrivals);
-        arguments.scale = scale;
-        if (stages) arguments.stages = *stages;
-        launch_forward(arguments, {device, pointer<void>(stream)});
-      },
-      py::kw_only(), py::arg("sets"), py::arg("scale"), py::arg("splits"), py::arg("shares"),
-      py::arg("arrivals"), py::arg("stages"), py::arg("device"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "backward",
-      [](const Rows& rows, const Scale& scale, uintptr_t grad, int64_t grad_stride,
-         uintptr_t coefficients, uintptr_t logps, uintptr_t maximum, uintptr_t sum, uintptr_t out,
-         int64_t out_stride_b, int64_t out_stride_t, int splits, int device, uintptr_t stream) {
-        launch_backward({rows,
-                         scale,
-                         {pointer<float>(grad), grad_stride, pointer<float>(coefficients)},
-                         pointer<float>(logps),
-                         pointer<float>(maximum),
-                         pointer<float>(sum),
-                         pointer<void>(out),
-                         out_stride_b,
-                         out_stride_t,
-                         splits},
-                        {device, pointer<void>(stream)});
-      },
-      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("grad"), py::arg("grad_stride"),
-      py::arg("coefficients"), py::arg("logps"), py::arg("maximum"), py::arg("sum"), py::arg("out"),
-      py::arg("out_stride_b"), py::arg("out_stride_t"), py::arg("splits"), py::arg("device"),
-      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "score_chunk",
-      [](const Rows& rows, const Scale& scale, uintptr_t gradient, uintptr_t logps,
-         uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1, int device,
-         uintptr_t stream) {
-        launch_chunk({rows, scale, pointer<void>(gradient), pointer<float>(logps),
-                      pointer<float>(entropy), pointer<float>(mean_logits), pointer<bool>(is_top1)},
-                     {device, pointer<void>(stream)});
-      },
-      py::kw_only(), py::arg("rows"), py::arg("scale"), py::arg("gradient"), py::arg("logps"),
-      py::arg("entropy"), py::arg("mean_logits"), py::arg("is_top1"), py::arg("device"),
-      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "multiply",
-      [](uintptr_t data, int dtype, int64_t count, const Values& factor, int blocks, int device,
-         uintptr_t stream) {
-        launch_multiply({pointer<void>(data), DType(dtype), count, factor, blocks},
-                        {device, pointer<void>(stream)});
-      },
-      py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("count"), py::arg("factor"),
-      py::arg("blocks"), py::arg("device"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
+  m.def("forward", [](const std::vector<py::dict>& sets, const std::optional<py::dict>& stages,
+                      const py::dict& given, const py::dict& target) {
+    if (sets.empty() || sets.size() > kMaxSets)
+      throw std::invalid_argument("sets: expected 1 to 4 sets of rows");
+    auto arguments = filled<ForwardArguments>(given);
+    for (const py::dict& set : sets) {
+      RowSet& next = arguments.sets[arguments.n_sets++] = filled<RowSet>(set);
+      next.first = arguments.n_rows;
+      arguments.n_rows += next.rows.n_rows;
+    }
+    if (stages) {
+      arguments.stages = filled<Stages>(*stages);
+      arguments.stages.wanted = true;
+    }
+    launch(launch_forward, arguments, target);
+  });
+  bind_launcher(m, "backward", launch_backward);
+  bind_launcher(m, "score_chunk", launch_chunk);
+  bind_launcher(m, "multiply", launch_multiply);
+  bind_launcher(m, "sequences", launch_sequences);
 }
 
 }  // namespace
@@ -153,7 +180,7 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   m.doc() = "The CUDA kernels of kto_kernels, run on the host for tests";
   m.def(
       "set_order", [](unsigned seed) { kto::emulation_seed = seed; }, py::arg("seed"),
-      "Shuffles blocks and threads; 0: as they are numbered.");
+      "Seeds the order of blocks and threads; 0 leaves them in the order of their numbers.");
   kto::bind(m);
 }
 #else

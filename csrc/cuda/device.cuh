@@ -1,8 +1,9 @@
-// The block of threads that the kernels are written against, on the GPU. host.h has the same names.
+// The block of threads that the kernels are written for, on the GPU; host.h has the same names for
+// the host.
 //
-// A kernel is a sequence of phases. What a phase does, it does in a function of the thread; between
-// phases all threads know the same, but what `softmax` returns, which thread 0 alone knows
-// (`once`).
+// A kernel is a sequence of phases, each of them a function of the thread. Between phases all
+// threads hold the same values. The result of `softmax` is the exception: thread 0 alone has it,
+// and uses it in `once`.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,19 +17,22 @@
 
 namespace kto {
 
-using Vector = uint4;  // of one load or store
+using Vector = uint4;  // what one instruction loads or stores
 
-// 2^x; below fp32's normal range 0.
+// 2^x, or 0 where that is below fp32's normal range.
 KTO_DEVICE float power_of_two(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
+// a * b, which no compiler fuses with a sum.
+KTO_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 KTO_DEVICE float divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp; 0 for huge b
 
-// Logits are the first that the caches may drop, unless the kernel reads them `again`: L2 keeps
-// those, and L1, which is too small for a row, leaves them alone.
+// A kernel that reads each logit once lets the caches drop logits before anything else. One that
+// reads them twice (kAgain) keeps them in L2 and out of L1, which is too small for a row.
 template <bool kAgain>
 KTO_DEVICE Vector load_vector(const void* p) {
   const auto* vector = static_cast<const Vector*>(p);
@@ -90,7 +94,8 @@ class Block {
     if (threadIdx.x == 0) f();
   }
 
-  // What f returns to thread 0, for all threads. Between two of the same f there is a barrier.
+  // Calls f on thread 0 and returns the result to all threads. Two calls with the same f need a
+  // barrier between them.
   template <class F>
   KTO_DEVICE auto broadcast(F&& f) {
     __shared__ decltype(f()) value;
@@ -99,28 +104,28 @@ class Block {
     return value;
   }
 
-  // The sum of share_at(found, maximum) of what the threads found, in one order, at the maximum of
-  // all; for thread 0.
+  // Calls f(thread), finds the highest origin among the results, and returns the sum of
+  // share_at(result, origin), added in a fixed order. Thread 0 alone gets it.
   template <class F, class ShareAt>
   KTO_DEVICE auto softmax(F&& f, ShareAt&& share_at) {
     const auto found = f(int(threadIdx.x));
-    float maximum = found.maximum;
+    float origin = found.origin;
     for (int lane = 16; lane > 0; lane /= 2)
-      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, lane));
-    __shared__ float maxima[kSize / 32];
-    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
+      origin = fmaxf(origin, __shfl_xor_sync(~0u, origin, lane));
+    __shared__ float origins[kSize / 32];
+    if (threadIdx.x % 32 == 0) origins[threadIdx.x / 32] = origin;
     __syncthreads();
-    for (int warp = 0; warp < kSize / 32; ++warp) maximum = fmaxf(maximum, maxima[warp]);
-    auto share = add_lanes(share_at(found, maximum));
+    for (int warp = 0; warp < kSize / 32; ++warp) origin = fmaxf(origin, origins[warp]);
+    auto share = add_lanes(share_at(found, origin));
     __shared__ decltype(share) shares[kSize / 32];
     if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = share;
     __syncthreads();
-    if (threadIdx.x == 0)
-      for (int warp = 1; warp < kSize / 32; ++warp) share = share + shares[warp];
+    if (threadIdx.x == 0) KTO_ROLLED
+    for (int warp = 1; warp < kSize / 32; ++warp) share = share + shares[warp];
     return share;
   }
 
-  // store(i, sum over a warp's lanes of term(i, lane, 32)) for each i < n.
+  // Calls store(i, sum) for each i < n, with the sum of term(i, lane, 32) over the lanes of a warp.
   template <class Sum, class Term, class Store>
   KTO_DEVICE void sums(int64_t n, Term&& term, Store&& store) {
     for (int64_t i = threadIdx.x / 32; i < n; i += kSize / 32) {
@@ -130,7 +135,7 @@ class Block {
     __syncthreads();
   }
 
-  // The sum of term(thread), for all threads.
+  // The sum of term(thread) over the threads; every thread gets it.
   template <class Term>
   KTO_DEVICE double total(Term&& term) {
     const double sum = add_lanes(term(int(threadIdx.x)));
@@ -143,18 +148,19 @@ class Block {
     return all;
   }
 
-  // Whether this is the last of `count` blocks to come here; to that one all that the others wrote
-  // before is visible. The counter is 0 again afterwards.
+  // Whether this is the last of `count` blocks to come here. The last one sees everything that the
+  // others have written, and leaves the counter at 0.
   KTO_DEVICE bool arrive(unsigned* counter, int64_t count) {
     __syncthreads();
-    const bool last = broadcast([&] {
+    // The fences make the atomic release what this block has written and acquire what the others
+    // have; the barriers before and behind pass it on between this block's threads.
+    return broadcast([&] {
       __threadfence();
-      const bool arrived_last = atomicAdd(counter, 1u) == count - 1;
-      if (arrived_last) *counter = 0;
-      return arrived_last;
+      const bool last = atomicAdd(counter, 1u) == count - 1;
+      __threadfence();
+      if (last) *counter = 0;
+      return last;
     });
-    if (last) __threadfence();
-    return last;
   }
 
  private:

@@ -1,4 +1,4 @@
-// The kernels of kernels.cuh on the host, for tests without a GPU: block after block.
+// Launches of kernels.cuh's kernels on the host, one block after another, for tests without a GPU.
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -8,11 +8,13 @@
 
 namespace kto {
 
-unsigned emulation_seed = 0;  // of the order of blocks and threads; 0: as they are numbered
+// Seeds the order of blocks and threads; 0 leaves them in the order of their numbers.
+unsigned emulation_seed = 0;
 
 namespace {
 
-constexpr int kThreads = 64;  // more than one warp, few enough that small rows fill them
+constexpr int kThreads =
+    64;  // more than one warp, and so few that small rows keep all of them busy
 
 std::vector<int> order(int64_t count) {
   std::vector<int> numbers(count);
@@ -62,6 +64,10 @@ void launch_multiply(const MultiplyArguments& arguments, Target) {
     run(arguments.blocks,
         [&](Block<kThreads>& block) { multiply<decltype(codec)>(block, arguments); });
   });
+}
+
+void launch_sequences(const SequencesArguments& arguments, Target) {
+  run(1, [&](Block<kThreads>& block) { sequences(block, arguments); });
 }
 
 }  // namespace kto

@@ -1,5 +1,5 @@
-// The block of threads of device.cuh on the host: a phase is a loop over the threads, in an order
-// that may be shuffled, so that code which relies on one is found out.
+// The block of threads of device.cuh on the host: a phase is a loop over the threads. Tests shuffle
+// the order of the threads, to find code that relies on one.
 #pragma once
 
 #include <vector>
@@ -19,9 +19,15 @@ struct alignas(16) Vector {
 
 inline float power_of_two(float x) { return exp2f(x); }
 
+// a * b, which no compiler fuses with a sum.
+inline float rounded_product(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
+
 inline float divide(float a, float b) { return a / b; }
 
-// Fails on an address that a GPU would refuse.
+// Traps on an address that is not aligned as a GPU requires.
 inline void check_aligned(const void* p) {
   if (uintptr_t(p) % sizeof(Vector) != 0) __builtin_trap();
 }
@@ -80,7 +86,7 @@ class Block {
  public:
   static constexpr int kThreads = kSize;
 
-  // `order` holds the numbers of the threads.
+  // `order` lists the numbers of the threads in the order in which they run.
   Block(unsigned index, const std::vector<int>& order) : index_(index), order_(order) {}
 
   unsigned index() const { return index_; }
@@ -105,11 +111,10 @@ class Block {
   auto softmax(F&& f, ShareAt&& share_at) {
     decltype(f(0)) found[kSize];
     for (int thread : order_) found[thread] = f(thread);
-    float maximum = found[0].maximum;
-    for (int thread = 1; thread < kSize; ++thread) maximum = fmaxf(maximum, found[thread].maximum);
-    decltype(share_at(found[0], maximum)) shares[kSize];
-    for (int thread = 0; thread < kSize; ++thread)
-      shares[thread] = share_at(found[thread], maximum);
+    float origin = found[0].origin;
+    for (int thread = 1; thread < kSize; ++thread) origin = fmaxf(origin, found[thread].origin);
+    decltype(share_at(found[0], origin)) shares[kSize];
+    for (int thread = 0; thread < kSize; ++thread) shares[thread] = share_at(found[thread], origin);
     auto share = add_lanes(shares);
     for (int warp = 32; warp < kSize; warp += 32) share = share + add_lanes(shares + warp);
     return share;
@@ -141,7 +146,7 @@ class Block {
 
  private:
   template <class Sum>
-  static Sum add_lanes(Sum* sums) {  // in the order of a butterfly of shuffles
+  static Sum add_lanes(Sum* sums) {  // in the order in which a warp's shuffles add
     for (int half = 16; half > 0; half /= 2)
       for (int lane = 0; lane < half; ++lane) sums[lane] = sums[lane] + sums[lane + half];
     return sums[0];

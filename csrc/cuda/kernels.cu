@@ -1,4 +1,4 @@
-// The kernels of kernels.cuh on a GPU, and their launchers.
+// The kernels of kernels.cuh as GPU kernels, and their launches.
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -9,11 +9,12 @@ namespace kto {
 namespace {
 
 constexpr int kThreads = 128;
-// A chunk's rows should still lie in L2 when they are read again: few at a time, of many threads,
-// and two on a multiprocessor, so that one moves data while the other sums up.
+// The chunk kernel reads each row twice, and finds it in L2 the second time if few rows are under
+// way at once: hence few blocks of many threads. Two blocks share a multiprocessor, so that one
+// reads while the other adds up.
 constexpr int kChunkThreads = 384;
-// The registers that let 8 blocks (6 under a softcap, whose arithmetic needs more) live on a
-// multiprocessor.
+// How many blocks should fit on a multiprocessor, which limits the registers of each: a softcap's
+// arithmetic needs more of them.
 constexpr int blocks_wanted(bool softcap) { return softcap ? 6 : 8; }
 
 template <class T, bool kSoftcap>
@@ -44,6 +45,12 @@ __global__ void __launch_bounds__(kThreads)
   multiply<T>(block, arguments);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    sequences_kernel(const __grid_constant__ SequencesArguments arguments) {
+  Block<kThreads> block;
+  sequences(block, arguments);
+}
+
 void check(const char* kernel, cudaError_t status) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("kto_kernels: CUDA kernel ") + kernel + ": " +
@@ -56,7 +63,7 @@ void launch(const char* name, void (*kernel)(Arguments), const Arguments& argume
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("kto_kernels: CUDA kernel ") + name + ": " +
                              std::to_string(blocks) + " rows are too many for one launch");
-  // The caller makes it current too, and restores what was: this runtime's own idea of it is apart.
+  // The caller has made the device current too, but in another copy of the CUDA runtime.
   check(name, cudaSetDevice(target.device));
   void* parameters[] = {const_cast<Arguments*>(&arguments)};
   const cudaError_t status = cudaLaunchKernel(
@@ -94,6 +101,10 @@ void launch_multiply(const MultiplyArguments& arguments, Target target) {
   with_type(arguments.dtype, [&](auto codec) {
     launch("multiply", multiply_kernel<decltype(codec)>, arguments, arguments.blocks, target);
   });
+}
+
+void launch_sequences(const SequencesArguments& arguments, Target target) {
+  launch("sequences", sequences_kernel, arguments, 1, target);
 }
 
 }  // namespace kto

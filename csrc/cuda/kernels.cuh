@@ -1,10 +1,10 @@
-// The kernels' bodies, for the GPU and for the host's emulation of a block: a block scores one row
-// of logits, or one share of it where rows are few.
+// The kernels' bodies, for the GPU and for the host's emulation of a block. A block scores one row
+// of logits, or one share of a row where rows are few.
 //
-// The logits are read in vectors of 16 bytes, kUnroll of them in flight a thread. A row may start
-// anywhere: the elements in front of its first aligned address and behind its last whole vector
-// (the edge) are read one by one. What is vocabulary-sized is fp32, what there is one of for a row
-// or a sequence fp64.
+// Each thread reads the logits in vectors of 16 bytes, kUnroll of them at a time. A row may start
+// at any address: the elements in front of the row's first aligned address and behind its last
+// whole vector (the edge) are read one by one. Values for each logit and the gradient's factors are
+// fp32, sums over rows and sequences fp64.
 #pragma once
 
 #ifdef __CUDACC__
@@ -16,20 +16,23 @@
 namespace kto {
 
 constexpr int kUnroll = 4;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr double kLn2 = 0.69314718055994531;
-// A running maximum starts here, lower than any logit: -inf - (-inf) would be NaN.
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLn2 = 0.69314718055994531f;
+// A running origin starts here, lower than any finite score: from -inf, -inf - (-inf) would be NaN.
 constexpr float kLowest = -3.4028234663852886e38f;
-// 2^w is 0 here, and w 2^w would be NaN at -inf: w goes no lower.
+// The moment's terms w 2^w take no lower w than this: 2^w is 0 here already, and w 2^w would be NaN
+// at -inf.
 constexpr float kVanished = -256;
+// A higher |origin * rate| would leave no bits to its rounding error, see exponents_from.
+constexpr float kFar = 1 << 30;
 
 // Scores --------------------------------------------------------------------------------------
 
-// To a few units in the last place, near 0 too: a polynomial (Cephes' tanhf) below 0.625, an
-// exponential above. tanhf branches, which keeps loads from being in flight together.
+// tanh to a few units in the last place, near 0 too: a polynomial (Cephes' tanhf) below 0.625, an
+// exponential above. CUDA's tanhf branches, which would keep loads from overlapping.
 KTO_DEVICE float hyperbolic_tangent(float x) {
   const float a = fabsf(x), z = x * x;
-  const float far = 1 - divide(2, power_of_two(a * (2 * kLog2e)) + 1);
+  const float far = 1 - divide(2, power_of_two(a * float(2 * kLog2e)) + 1);
   float near = -5.70498872745e-3f;
   near = fmaf(near, z, 2.06390887954e-2f);
   near = fmaf(near, z, -5.37397155531e-2f);
@@ -76,11 +79,12 @@ KTO_DEVICE void store_element(typename T::Element* p, float value) {
   *p = static_cast<typename T::Element>(T::pack(u));
 }
 
-// A row's whole vectors, and the share of them that belongs to a block.
+// The whole vectors of a row, and the share of them that a block reads.
 struct Line {
-  int head, vectors;  // elements in front of the vectors, and how many vectors
-  int first, last;    // the share
-  int edge;           // elements that are in no vector, where they belong to this block; else 0
+  int head,
+      vectors;      // how many elements lie in front of the vectors, and how many vectors there are
+  int first, last;  // the block's share: vectors [first, last)
+  int edge;         // how many elements in no vector the block reads: all of them, or 0
 };
 
 template <class T>
@@ -97,13 +101,14 @@ KTO_DEVICE Line line_of(const void* row, int64_t vocab, int split, int splits) {
   return line;
 }
 
-// Position in the row of the i-th element of the edge.
+// The position in the row of the edge's i-th element.
 template <class T>
 KTO_DEVICE int edge_position(const Line& line, int i) {
   return i < line.head ? i : i + line.vectors * kPerVector<T>;
 }
 
-// Calls whole(v) for the first vector v of each unrolled step of a thread, then single(v).
+// A thread's way through its vectors: whole(v) for each step of kUnroll vectors, whose first one is
+// v, then single(v) for each vector that is left.
 template <int kThreads, class Whole, class Single>
 KTO_DEVICE void walk(const Line& line, int thread, Whole&& whole, Single&& single) {
   int v = line.first + thread;
@@ -111,79 +116,145 @@ KTO_DEVICE void walk(const Line& line, int thread, Whole&& whole, Single&& singl
   for (; v < line.last; v += kThreads) single(v);
 }
 
-// The forward -----------------------------------------------------------------------------------
+// Exponents -----------------------------------------------------------------------------------
 
-// What a thread found in the scores that it read, the label's left out. What follows the sum is for
-// outputs.
-struct Running {
-  float maximum, sum;
-  float weighted;  // sum of w 2^w, where `sum` is that of 2^w
-  float total;     // of the scores, the label's not left out
-  bool beaten;     // a logit is higher than the label's, or in front of it as high
+KTO_DEVICE float rate_of(const Scale& scale) { return scale.outer * float(kLog2e); }
+
+// The exponent of a score u is slope * u - shift, one instruction: (u - origin) * rate plus the
+// rounding error of the shift, the same for all scores.
+struct Exponents {
+  float slope, shift;
+  KTO_DEVICE float of(float u) const { return fmaf(u, slope, -shift); }
 };
 
-// Of two shares at one maximum.
-KTO_DEVICE Share operator+(const Share& a, const Share& b) { return {a.sum + b.sum, a.maximum}; }
-
-KTO_DEVICE Share join(const Share& a, const Share& b, const Scale& scale) {
-  const double outer = scale.outer;
-  return {merge<double>({a.maximum * outer, a.sum}, {b.maximum * outer, b.sum}).sum,
-          fmaxf(a.maximum, b.maximum)};
+// Where |origin * rate| is so high that the rounding error would leave fp32's exponents, two scores
+// differ by more exponents than fp32 has, or not at all: there the slope is a power of two, 2^31
+// over the origin's own, which rounds nothing.
+KTO_DEVICE Exponents exponents_from(float origin, float rate) {
+  float steep;
+  Codec<DType::f32>::unpack(0x8e800000u - (Codec<DType::f32>::pack(&origin) & 0x7f800000u), &steep);
+  const float slope = fabsf(origin * rate) > kFar ? steep : rate;
+  return {slope, rounded_product(origin, slope)};
 }
 
-// A share with what outputs need beside it.
+// By how much (<= 0) exponents change where the origin rises from low to high.
+KTO_DEVICE float rise(float low, float high, float rate) {
+  const bool far = fmaxf(fabsf(low * rate), fabsf(high * rate)) > kFar;
+  const float step = exponents_from(low, rate).shift - exponents_from(high, rate).shift;
+  return low == high ? 0 : far ? kVanished : fmaxf(step, kVanished);
+}
+
+// The excess of exponents, exactly, for a finite origin.
+KTO_DEVICE float offset_of(float origin, float rate) {
+  return exponents_from(origin, rate).of(origin);
+}
+
+// 2^offset. The instruction is exact to 2^-22 only: near 0, where most offsets are, a series is
+// better.
+KTO_DEVICE float power_of_offset(float offset) {
+  const float x = offset * kLn2;
+  return fabsf(x) < 1e-3f ? fmaf(x, fmaf(x, 0.5f, 1), 1) : power_of_two(offset);
+}
+
+// log(1 + x) for x >= 0, to about 2^-26 of it, where `near` is 1 + x in fp32, m 2^k with m around
+// 1: fp32 knows the logarithm of m well, and the rest of 1 + x is small.
+KTO_DEVICE double log_1p(double x, float near) {
+  const float rest = float(x - (near - 1));
+  const int bits = int(Codec<DType::f32>::pack(&near)), k = (bits - 0x3f3504f3) >> 23;  // 1/sqrt(2)
+  float m;
+  Codec<DType::f32>::unpack(uint32_t(bits) - (uint32_t(k) << 23), &m);
+  const float f = m - 1, s = divide(f, m + 1), z = s * s;
+  float series = fmaf(0.2222222222f, z, 0.2857142857f);  // of 2 artanh(s)
+  series = z * fmaf(fmaf(series, z, 0.4f), z, 0.6666666667f);
+  return fma(double(k), 0.69314718055994531, double(f - (s * (f - series) - divide(rest, near))));
+}
+
+// exp(x) - 1 for x <= 0: a series near 0, where the difference would lose its digits.
+KTO_DEVICE float exp_minus_1(float x) {
+  float series = fmaf(x, 0.0005952380952f, 0.004761904762f);
+  series = fmaf(x, fmaf(x, fmaf(x, series, 0.03333333333f), 0.2f), 1);
+  series = fmaf(x, fmaf(x, 0.04166666667f * series, 0.1666666667f), 0.5f);
+  return x > -0.5f ? fmaf(x * x, series, x) : power_of_two(x * float(kLog2e)) - 1;
+}
+
+// The forward -----------------------------------------------------------------------------------
+
+// The softmax of the scores that a thread has read, without the label's. The members after the sum
+// are used with kOutputs alone.
+struct Running {
+  float origin, sum;
+  float moment;  // sum of w 2^w, where `sum` is that of 2^w
+  float total;   // sum of the scores, with the label's
+  bool
+      beaten;  // the label is not the first argmax: another logit is higher, or earlier and as high
+};
+
+// Adds two shares of one origin.
+KTO_DEVICE Share operator+(const Share& a, const Share& b) { return {a.sum + b.sum, a.origin}; }
+
+KTO_DEVICE Share merge(const Share& a, const Share& b, const Scale& scale) {
+  const float rate = rate_of(scale), origin = fmaxf(a.origin, b.origin);
+  return {a.sum * power_of_two((a.origin - origin) * rate) +
+              b.sum * power_of_two((b.origin - origin) * rate),
+          origin};
+}
+
+// A share with the sums that the outputs need.
 struct OutputShare : Share {
-  double weighted;  // sum of exp(z - reference) (z - reference)
-  double total;
-  double beaten;  // how many threads found it so
+  float moment;  // sum of w 2^w
+  float total;
+  float beaten;  // how many threads have `beaten` set
 };
 
 KTO_DEVICE OutputShare operator+(const OutputShare& a, const OutputShare& b) {
-  return {static_cast<const Share&>(a) + b, a.weighted + b.weighted, a.total + b.total,
+  return {static_cast<const Share&>(a) + b, a.moment + b.moment, a.total + b.total,
           a.beaten + b.beaten};
 }
 
-// Moves to a maximum that is not lower.
+// Moves the statistics to an origin that is not lower.
 template <bool kOutputs>
-KTO_DEVICE void raise(float maximum, Running& running, float rate) {
-  const float w = (running.maximum - maximum) * rate;
+KTO_DEVICE void raise(float origin, Running& running, float rate) {
+  const float w = rise(running.origin, origin, rate);
   const float factor = power_of_two(w);
-  if (kOutputs) running.weighted = (running.weighted + fmaxf(w, kVanished) * running.sum) * factor;
+  if (kOutputs) running.moment = fmaf(w, running.sum, running.moment) * factor;
   running.sum *= factor;
-  running.maximum = maximum;
+  running.origin = origin;
 }
 
-// Adds scores to a running softmax. No NaN but from NaN or +inf: the maximum is never -inf.
+// Folds scores into a running softmax. Only NaN or +inf among them can make it NaN, as the origin
+// is never -inf.
 template <int kCount, bool kOutputs>
 KTO_DEVICE void fold(const float* u, Running& running, float rate) {
-  float maximum = running.maximum;
-  for (int k = 0; k < kCount; ++k) maximum = fmaxf(maximum, u[k]);
-  raise<kOutputs>(maximum, running, rate);
-  float sums[2] = {running.sum, 0}, weighted[2] = {running.weighted, 0};
+  float origin = running.origin;
+  for (int k = 0; k < kCount; ++k) origin = fmaxf(origin, u[k]);
+  raise<kOutputs>(origin, running, rate);
+  const Exponents exponents = exponents_from(origin, rate);
+  float sums[2] = {running.sum, 0}, moments[2] = {running.moment, 0};
   for (int k = 0; k < kCount; ++k) {
-    const float w = (u[k] - maximum) * rate, power = power_of_two(w);
+    const float w = exponents.of(u[k]), power = power_of_two(w);
     sums[k % 2] += power;
-    if (kOutputs) weighted[k % 2] = fmaf(fmaxf(w, kVanished), power, weighted[k % 2]);
+    if (kOutputs) moments[k % 2] = fmaf(fmaxf(w, kVanished), power, moments[k % 2]);
   }
   running.sum = sums[0] + sums[1];
-  running.weighted = weighted[0] + weighted[1];
+  running.moment = moments[0] + moments[1];
 }
 
-// The softmax of a block's share of a row, the label left out, as a Share or an OutputShare; for
-// thread 0. kAgain: the kernel reads the row again.
+// The softmax of a block's share of a row, without the label: a Share or, with kOutputs, an
+// OutputShare, which thread 0 alone gets. kAgain: the kernel will read the row once more.
 template <class T, bool kSoftcap, bool kOutputs, bool kAgain, class Block>
 KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_t label,
                               const Line& line, const Scale& scale) {
   constexpr int kCount = kPerVector<T>;
-  const float rate = scale.outer * kLog2e;
+  const float rate = rate_of(scale);
   const typename T::Element* body = x + line.head;
-  // Division alone would find a label in the head in vector 0.
+  // -1 for a label in the head: division alone would find it in vector 0.
   const int at = int(label) - line.head;
   const int label_vector = at < 0 ? -1 : at / kCount;
-  // Logits are compared, as a softcap may tie their scores: `above` is the lowest higher than y.
+  // For top-1, logits are compared, as different ones may have the same score under a softcap.
+  // `above` is the lowest number higher than the label's logit y.
   const float y = kOutputs ? load_element<T>(x + label) : 0;
   const float above = y < INFINITY ? nextafterf(y, INFINITY) : NAN;
-  // The scores of vector v.
+  // Makes a vector's logits scores, and updates what outputs need.
   const auto scores = [&](const Vector& vector, int v, float* u, Running& running) {
     unpack<T>(vector, u);
     if (kOutputs) {
@@ -196,8 +267,6 @@ KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_
       u[k] = score<kSoftcap>(u[k], scale);
       if (kOutputs) running.total += u[k];
     }
-    if (v == label_vector)
-      for (int k = 0; k < kCount; ++k) u[k] = k == at % kCount ? -INFINITY : u[k];
   };
   const auto thread_softmax = [&](int thread) -> Running {
     Running running = {kLowest, 0, 0, 0, false};
@@ -210,11 +279,20 @@ KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_
           float u[kUnroll * kCount];
           for (int k = 0; k < kUnroll; ++k)
             scores(vectors[k], v + k * Block::kThreads, u + k * kCount, running);
+          // One test a step, which all threads pass in the label's step: one of them has the label.
+          const int from_v = at - v * kCount;
+          if (unsigned(from_v) < unsigned(kUnroll * Block::kThreads * kCount))
+            for (int k = 0; k < kUnroll * kCount; ++k)
+              u[k] =
+                  from_v == k / kCount * Block::kThreads * kCount + k % kCount ? -INFINITY : u[k];
           fold<kUnroll * kCount, kOutputs>(u, running, rate);
         },
         [&](int v) {
           float u[kCount];
           scores(load_vector<kAgain>(body + int64_t(v) * kCount), v, u, running);
+          const int from_v = at - v * kCount;
+          if (unsigned(from_v) < unsigned(kCount))
+            for (int k = 0; k < kCount; ++k) u[k] = k == from_v ? -INFINITY : u[k];
           fold<kCount, kOutputs>(u, running, rate);
         });
     for (int i = thread; i < line.edge; i += Block::kThreads) {
@@ -228,34 +306,59 @@ KTO_DEVICE auto softmax_share(Block& block, const typename T::Element* x, int64_
     }
     return running;
   };
-  const auto share_at = [&](Running running, float maximum) {
-    raise<kOutputs>(maximum, running, rate);
-    const Share share = {running.sum, maximum};
+  const auto share_at = [&](Running running, float origin) {
+    raise<kOutputs>(origin, running, rate);
+    const float offset = offset_of(origin, rate), back = power_of_offset(-offset);
+    const Share share = {running.sum * back, origin};
     if constexpr (kOutputs)
-      return OutputShare{share, running.weighted * kLn2, running.total, double(running.beaten)};
+      return OutputShare{share, fmaf(-offset, running.sum, running.moment) * back, running.total,
+                         running.beaten ? 1.0f : 0.0f};
     else
       return share;
   };
   return block.softmax(thread_softmax, share_at);
 }
 
-// The label's log-probability, given the score u of its logit.
-KTO_DEVICE float label_logp(const Share& others, float u, const Scale& scale) {
-  const double outer = scale.outer;
-  const double reference = others.sum == 0 ? -INFINITY : others.maximum * outer;
-  return float(label_logp<double>({reference, others.sum}, u * outer));
+// The statistics of all other scores, joined with the label's score y.
+struct LabelScore {
+  float logp;
+  float origin, sum;  // the statistics of all scores
+  float log_sum;
+  bool ahead;        // the label is the maximum
+  float d, decayed;  // the exponent d <= 0 of the lower of label and others, and 2^d
+};
+
+// Stage token_logps. log1p of the others is exact where the label is the maximum, as it is for most
+// tokens of a good completion.
+KTO_DEVICE LabelScore label_score(const Share& others, float y, const Scale& scale) {
+  const float others_sum = float(others.sum), highest = others_sum == 0 ? -INFINITY : others.origin;
+  LabelScore found;
+  found.ahead = y >= highest;
+  const double gap = (double(y) - double(highest)) * scale.outer;
+  // d to 48 bits: in fp32 alone its rounding would show in 2^d.
+  const double d = -fabs(gap) * kLog2e;
+  found.d = fmaxf(float(d), kVanished);
+  const float rest = float(d - found.d);
+  found.decayed = found.d > kVanished ? power_of_two(found.d) * fmaf(rest, kLn2, 1) : 0;
+  // At the higher one's origin: 1, and beside it what the lower one decayed to, or all but 1 of the
+  // others.
+  const double beside = fma(others.sum, double(found.ahead ? found.decayed : 1),
+                            double(found.ahead ? 0 : found.decayed - 1));
+  found.sum = float(1 + beside);
+  const double log_sum = log_1p(beside, found.sum);
+  found.log_sum = float(log_sum);
+  found.logp = float((found.ahead ? 0 : gap) - log_sum);
+  if (y == -INFINITY) {
+    found.logp = y;
+    found.sum = others_sum;
+  }
+  if (isnan(others_sum) || isnan(y) || y == INFINITY) found.logp = found.sum = NAN;
+  found.origin = fmaxf(others.origin, y);
+  return found;
 }
 
-// The softmax of all scores.
-KTO_DEVICE Share with_label(const Share& others, float u, const Scale& scale) {
-  const double outer = scale.outer;
-  const float maximum = fmaxf(others.maximum, u);
-  const double decayed = decay<double>(u * outer, maximum * outer);
-  return {merge<double>({others.maximum * outer, others.sum}, {maximum * outer, decayed}).sum,
-          maximum};
-}
-
-// Scores row n of a set, or a block's share of it; whether this block is the row's last.
+// Scores row n of a set, or a block's share of it. Returns whether this block is the last of the
+// row's blocks, which alone writes the row's results.
 template <class T, bool kSoftcap, class Block>
 KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const RowSet& set,
                           int64_t row, int split) {
@@ -268,7 +371,7 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
     if (split == 0)
       block.once([&] {
         set.logps[n] = 0;
-        if (set.sum != nullptr) set.maximum[n] = set.sum[n] = 0;
+        if (set.sum != nullptr) set.origin[n] = set.sum[n] = 0;
       });
     return split == 0;
   }
@@ -282,16 +385,16 @@ KTO_DEVICE bool score_row(Block& block, const ForwardArguments& arguments, const
     block.once([&] {
       others = shares[0];
       KTO_ROLLED
-      for (int i = 1; i < splits; ++i) others = join(others, shares[i], scale);
+      for (int i = 1; i < splits; ++i) others = merge(others, shares[i], scale);
     });
   }
   block.once([&] {
     const float u = label < 0 ? -INFINITY : score<kSoftcap>(load_element<T>(x + label), scale);
-    set.logps[n] = label_logp(others, u, scale);
+    const LabelScore found = label_score(others, u, scale);
+    set.logps[n] = found.logp;
     if (set.sum == nullptr) return;
-    const Share all = with_label(others, u, scale);
-    set.maximum[n] = all.maximum;
-    set.sum[n] = float(all.sum);
+    set.origin[n] = found.origin;
+    set.sum[n] = found.sum;
   });
   return true;
 }
@@ -317,7 +420,7 @@ KTO_DEVICE Tally operator+(const Tally& a, const Tally& b) {
   return {a.sum + b.sum, a.count + b.count};
 }
 
-// Stage sequence_logps of one set: a warp a sequence.
+// Stage sequence_logps of one set: each warp sums sequences of its own.
 template <class Block>
 KTO_DEVICE void sequence_logps(Block& block, const RowSet& set, bool average) {
   block.template sums<Tally>(
@@ -345,9 +448,9 @@ KTO_DEVICE double reference_point(Block& block, const Stages& stages) {
       double sum = 0;
       KTO_ROLLED
       for (int64_t j = thread; j < stages.n_kl; j += Block::kThreads)
-        sum += difference(value_at(stages.kl_logps, j), stages.kl_ref_logps.data == nullptr
+        sum += difference(value_at(stages.kl_logps, j), stages.ref_kl_logps.data == nullptr
                                                             ? 0.0
-                                                            : value_at(stages.kl_ref_logps, j));
+                                                            : value_at(stages.ref_kl_logps, j));
       return sum;
     });
     mean /= double(stages.n_kl > 1 ? stages.n_kl : 1);
@@ -366,7 +469,7 @@ KTO_DEVICE void sequence_stages(Block& block, const ForwardArguments& arguments)
     sequence_logps(block, arguments.sets[k], stages.average);
   const double z0 = reference_point(block, stages);
   const int64_t count = stages.n_sequences;
-  const double share =
+  const double factor =
       stages.reduction == Reduction::mean ? 1.0 / double(count > 1 ? count : 1) : 1.0;
   const double total = block.total([&](int thread) {
     double sum = 0;
@@ -379,7 +482,7 @@ KTO_DEVICE void sequence_stages(Block& block, const ForwardArguments& arguments)
       const SequenceLoss loss = sequence_loss(
           log_ratio, z0, stages.desirable[i * stages.desirable_stride], stages.options);
       const double tokens = stages.average ? fmax(1.0, stages.counts[i]) : 1.0;
-      stages.coefficients[i] = float(loss.slope * share / tokens);
+      stages.coefficients[i] = float(loss.slope * factor / tokens);
       if (stages.reduction == Reduction::none) stages.loss[i] = float(loss.loss);
       sum += loss.loss;
     }
@@ -387,8 +490,74 @@ KTO_DEVICE void sequence_stages(Block& block, const ForwardArguments& arguments)
   });
   block.once([&] {
     *stages.kl_out = float(z0);
-    if (stages.reduction != Reduction::none) *stages.loss = float(total * share);
+    if (stages.reduction != Reduction::none) *stages.loss = float(total * factor);
   });
+}
+
+struct Largest {
+  double value;
+};
+KTO_DEVICE Largest operator+(const Largest& a, const Largest& b) {
+  return {a.value > b.value ? a.value : b.value};
+}
+
+// The stages of sequences that are closed together, by one block.
+template <class Block>
+KTO_DEVICE void sequences(Block& block, const SequencesArguments& arguments) {
+  const int64_t count = arguments.n_sequences;
+  const double* sums = arguments.sums;
+  if (sums == nullptr) {
+    sums = arguments.logps;
+    block.template sums<Tally>(
+        count,
+        [&](int64_t i, int lane, int lanes) -> Tally {
+          Tally tally = {0, 0};
+          for (int64_t n = arguments.offsets[i] + lane; n < arguments.offsets[i + 1]; n += lanes)
+            tally.sum += arguments.token_logps[n];
+          return tally;
+        },
+        [&](int64_t i, const Tally& tally) { arguments.logps[i] = tally.sum; });
+  }
+  const double z0 = value_at(arguments.z0, 0);
+  block.each([&](int thread) {
+    KTO_ROLLED
+    for (int64_t i = thread; i < count; i += Block::kThreads) {
+      double tokens = 1;
+      if (arguments.average)
+        tokens = fmax(
+            1.0, arguments.counts == nullptr ? double(arguments.lengths[i]) : arguments.counts[i]);
+      const double logp = sums[i] / tokens;
+      if (arguments.logps != nullptr) arguments.logps[i] = logp;
+      const double log_ratio = arguments.ref_logps.data == nullptr
+                                   ? logp
+                                   : difference(logp, value_at(arguments.ref_logps, i));
+      const SequenceLoss loss = sequence_loss(
+          log_ratio, z0, arguments.desirable[i * arguments.desirable_stride], arguments.options);
+      arguments.slopes[i] = loss.slope / arguments.reduced_by / tokens;
+      if (arguments.losses == nullptr) continue;
+      arguments.losses[i] = loss.loss;
+      arguments.rewards[i] = arguments.options.beta * log_ratio;
+    }
+  });
+  if (arguments.divisor == nullptr) return;
+  block.barrier();  // other threads have stored the slopes
+  block.template sums<Largest>(
+      1,
+      [&](int64_t, int lane, int lanes) -> Largest {
+        Largest largest = {0};
+        KTO_ROLLED
+        for (int64_t i = lane; i < count; i += lanes) {
+          const double size = fabs(arguments.slopes[i]);  // NaN counts as infinite
+          if (arguments.lengths[i] > 0) largest = largest + Largest{isnan(size) ? INFINITY : size};
+        }
+        return largest;
+      },
+      [&](int64_t, const Largest& largest) {
+        const double before = *arguments.divisor;
+        const double now = fmax(before, power_of_two_below(largest.value));
+        *arguments.divisor = now;
+        *arguments.factor = before / now;
+      });
 }
 
 template <class T, bool kSoftcap, class Block>
@@ -402,14 +571,15 @@ KTO_DEVICE void forward(Block& block, const ForwardArguments& arguments) {
     finished = score_row<T, kSoftcap>(block, arguments, arguments.sets[k], row, split);
   }
   if (!arguments.stages.wanted || !finished) return;
-  // Where there is no row at all, one block comes for the sequences' sake.
+  // Without any row there is still one block, which does the stages of the (empty) sequences.
   if (block.arrive(arguments.arrivals, arguments.n_rows > 1 ? arguments.n_rows : 1))
     sequence_stages(block, arguments);
 }
 
 // The gradient ----------------------------------------------------------------------------------
 
-// out = f(x) for each element of a block's share of a row, whose vectors are those of out.
+// Writes f(x) to out for each element of a block's share of a row. `line` describes the vectors of
+// out.
 template <class T, class Block, class F>
 KTO_DEVICE void map(Block& block, const typename T::Element* x, typename T::Element* out,
                     const Line& line, F&& f) {
@@ -417,7 +587,7 @@ KTO_DEVICE void map(Block& block, const typename T::Element* x, typename T::Elem
   constexpr int kThreads = Block::kThreads;
   const auto* body = x + line.head;
   auto* out_body = out + line.head;
-  // Stores are aligned; loads too where x lies as out does, which it does in place.
+  // Stores are aligned. Loads are too where x begins at as aligned an address, as it does in place.
   const bool aligned = (reinterpret_cast<uintptr_t>(body) & (sizeof(Vector) - 1)) == 0;
   const auto map_vector = [&](const Vector& vector, int v) {
     float u[kCount];
@@ -450,16 +620,18 @@ KTO_DEVICE void map(Block& block, const typename T::Element* x, typename T::Elem
   });
 }
 
-// g dlogp/dx of a row, or of a block's share of it, over the logits or into another buffer. `sum`
-// and `maximum` are of all scores.
+// Writes g times the gradient of the label's log-probability, for a row or a block's share of it,
+// to the logits or to another buffer. `origin` and `sum` are the statistics of the whole row.
 template <class T, bool kSoftcap, class Block>
 KTO_DEVICE void write_gradient(Block& block, const typename T::Element* x, typename T::Element* out,
                                int64_t label, const Line& line, int split, const Scale& scale,
-                               float g, float maximum, float sum, const float* logp) {
+                               float g, float origin, float sum, const float* logp) {
   constexpr int kCount = kPerVector<T>;
-  const float rate = scale.outer * kLog2e;
-  const double slope = double(g) * scale.slope;
-  const float factor = float(sum == 0 ? -slope : -slope / sum);
+  const float rate = rate_of(scale);
+  const Exponents exponents = exponents_from(origin, rate);
+  const float upstream = g * scale.slope;
+  const float factor =
+      -divide(upstream, sum == 0 ? 1 : sum) * power_of_offset(-offset_of(origin, rate));
   // Whether the label is in this block's share.
   const int at = int(label) - line.head;
   const bool in_vectors = at >= 0 && at / kCount < line.vectors;
@@ -468,19 +640,20 @@ KTO_DEVICE void write_gradient(Block& block, const typename T::Element* x, typen
   float y = 0;
   if (kSoftcap) {
     if (mine) y = score<kSoftcap>(load_element<T>(x + label), scale);
-    block.barrier();  // in place: all have read the label's logit before one overwrites it
+    block.barrier();  // in place, a thread may overwrite the label's logit: all have read it by now
   }
   map<T>(block, x, out, line, [&](float x_v) {
     const float u = score<kSoftcap>(x_v, scale);
-    const float p = power_of_two((u - maximum) * rate) * factor;
+    const float p = power_of_two(exponents.of(u)) * factor;
     return kSoftcap ? p * (1.0f - u * u) : p;
   });
   if (!mine) return;
-  block.barrier();  // after -g p, which the same block wrote there
-  // 1 - p from the log-probability: rounding p first would lose every near-certain token.
+  block.barrier();  // the label's entry is written over -g p, which this block has written to it
+  // 1 - p is computed from the log-probability: rounding p first would lose its digits for every
+  // near-certain token.
   block.once([&] {
-    const double entry = slope * -expm1(double(*logp));
-    store_element<T>(out + label, float(kSoftcap ? entry * (1 - double(y) * y) : entry));
+    const float entry = upstream * -exp_minus_1(*logp);
+    store_element<T>(out + label, kSoftcap ? entry * ((1 - y) * (1 + y)) : entry);
   });
 }
 
@@ -510,27 +683,27 @@ KTO_DEVICE void backward(Block& block, const BackwardArguments& arguments) {
   }
   const Element* x = static_cast<const Element*>(rows.logits) + logits_offset(rows, n);
   write_gradient<T, kSoftcap>(block, x, out, label, line, split, arguments.scale, g,
-                              arguments.maximum[n], arguments.sum[n], arguments.logps + n);
+                              arguments.origin[n], arguments.sum[n], arguments.logps + n);
 }
 
 // A chunk of logits ------------------------------------------------------------------------------
 
 KTO_DEVICE void store_outputs(const ChunkArguments& arguments, int64_t n, const OutputShare& others,
-                              const Share& all, float u) {
-  const double outer = arguments.scale.outer, reference = all.maximum * outer;
+                              const LabelScore& label) {
   if (arguments.entropy != nullptr) {
-    const double weighted =
-        weighted_at<double>(reference, {others.maximum * outer, others.sum}, others.weighted) +
-        weighted_at<double>(reference, {u * outer, 1}, 0);
-    arguments.entropy[n] = float(entropy<double>(all.sum, weighted));
+    // No term is negative: no digits are lost.
+    const float moment = label.ahead
+                             ? fmaf(float(others.sum), label.d, others.moment) * label.decayed
+                             : fmaf(label.decayed, label.d, others.moment);
+    arguments.entropy[n] = label.sum == 0 ? 0 : label.log_sum - divide(moment * kLn2, label.sum);
   }
   if (arguments.mean_logits != nullptr)
-    arguments.mean_logits[n] = float(others.total * outer / double(arguments.rows.vocab));
-  if (arguments.is_top1 != nullptr)
-    arguments.is_top1[n] = others.beaten == 0 && !isnan(arguments.logps[n]);
+    arguments.mean_logits[n] = others.total * arguments.scale.outer / float(arguments.rows.vocab);
+  if (arguments.is_top1 != nullptr) arguments.is_top1[n] = others.beaten == 0 && !isnan(label.logp);
 }
 
-// A row: its scores, and over it the gradient of its log-probability.
+// Scores one row of a chunk and, if asked to, overwrites the row by the gradient of its label's
+// log-probability.
 template <class T, bool kSoftcap, bool kOutputs, class Block>
 KTO_DEVICE void chunk(Block& block, const ChunkArguments& arguments) {
   using Element = typename T::Element;
@@ -540,22 +713,22 @@ KTO_DEVICE void chunk(Block& block, const ChunkArguments& arguments) {
   const Element* x = static_cast<const Element*>(rows.logits) + offset;
   const Line line = line_of<T>(x, rows.vocab, 0, 1);
   const auto others = softmax_share<T, kSoftcap, kOutputs, true>(block, x, label, line, scale);
-  const Share all = block.broadcast([&] {
+  const LabelScore all = block.broadcast([&] {
     const float u = score<kSoftcap>(load_element<T>(x + label), scale);
-    const Share share = with_label(others, u, scale);
-    arguments.logps[n] = label_logp(others, u, scale);
-    if constexpr (kOutputs) store_outputs(arguments, n, others, share, u);
-    return share;
+    const LabelScore found = label_score(others, u, scale);
+    arguments.logps[n] = found.logp;
+    if constexpr (kOutputs) store_outputs(arguments, n, others, found);
+    return found;
   });
   if (arguments.gradient == nullptr) return;
   Element* out = static_cast<Element*>(arguments.gradient) + offset;
-  write_gradient<T, kSoftcap>(block, x, out, label, line, 0, scale, 1, all.maximum, float(all.sum),
+  write_gradient<T, kSoftcap>(block, x, out, label, line, 0, scale, 1, all.origin, all.sum,
                               arguments.logps + n);
 }
 
 // In place ---------------------------------------------------------------------------------------
 
-// The blocks take the elements in turns, a step of each thread at a time.
+// Multiplies all elements by the factor. The blocks take turns, one step of all their threads each.
 template <class T, class Block>
 KTO_DEVICE void multiply(Block& block, const MultiplyArguments& arguments) {
   constexpr int64_t kStep = kUnroll * Block::kThreads * kPerVector<T>;
@@ -569,7 +742,7 @@ KTO_DEVICE void multiply(Block& block, const MultiplyArguments& arguments) {
   }
 }
 
-// Call body with the elements' type, or with a flag, as a compile-time constant.
+// These call body with the elements' type or with a flag as a compile-time constant.
 template <class Body>
 void with_type(DType dtype, Body&& body) {
   switch (dtype) {

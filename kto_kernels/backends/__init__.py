@@ -1,5 +1,5 @@
-"""The backends, and the choice among them. Nothing falls back silently: `auto` logs what it picked and why, and a
-backend asked for by name either runs or says why it cannot."""
+"""The backends, and the choice among them. There is no silent fallback: `auto` logs which backend it takes and why, and
+a backend asked for by name either runs or raises an error that says why it cannot."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from .cuda import CudaBackend
 from .pytorch import TorchBackend
 from .triton import TritonBackend
 
-logger = logging.getLogger("kto_kernels")
+logger: logging.Logger = logging.getLogger("kto_kernels")
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
 }
 
-# `auto`, by device type: the first that can run.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+# For each device type, the order in which `auto` tries the backends: it takes the first that can run.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 NAMES = ("auto", *BACKENDS)
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Backend name → None where it runs on `device`, else the reason why it does not."""
+    """Which backends run on a device, and why the others do not.
+
+    Args:
+        device: the device, or its name. The default asks about the CPU.
+
+    Returns:
+        The name of each backend, with None where it runs on `device`, else the reason why it does not.
+    """
     return {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
 
 
@@ -34,8 +41,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype, argument: str = 
     """The backend called `name`, or for `"auto"` the first of the device's preference that takes `dtype`.
 
     Raises:
-        RuntimeError: a backend named explicitly cannot run on `device`.
-        TypeError: it does not take `dtype`, which `argument` has.
+        RuntimeError: the backend called `name` cannot run on `device`.
+        TypeError: that backend does not take `dtype`, the dtype of the argument called `argument`.
     """
     if name == "auto":
         return _automatic(device.type, dtype)
@@ -57,7 +64,7 @@ def _automatic(device_type: str, dtype: torch.dtype) -> Backend:
         if reason is None and dtype not in backend.dtypes:
             reason = f"it does not take {_names([dtype])}"
         if reason is None:
-            # PyTorch's operators in place of kernels that would take these logits, if they were there: a warning.
+            # A warning where PyTorch's operators take the place of kernels that take this dtype but cannot run.
             others = [BACKENDS[other] for other, _ in passed_over]
             slow = name == "torch" and any(dtype in other.dtypes and other.unavailable(device) for other in others)
             logger.log(

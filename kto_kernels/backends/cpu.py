@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
+from torch import Tensor
 
-from ..rows import OUTPUTS, ChunkScores, Rows, Scale, StageResult, strides
-from .base import StagedBackend
-from .native import REDUCTION, native_rows, pointer
+from ..options import OUTPUTS, Objective, Scale
+from ..records import ChunkScores, ForwardResult, Rows, Side, strides
+from .base import Backend
+from .native import halves, pointer, row_fields, stage_fields
 
-_import_error = None
+_import_error: str | None = None
 try:
     from .. import _cpu
-except ImportError as error:
-    _cpu, _import_error = None, str(error)
+except ImportError as _error:
+    _cpu, _import_error = None, str(_error)
 
-logger = logging.getLogger("kto_kernels")
+logger: logging.Logger = logging.getLogger("kto_kernels")
 
-# The file of torch's OpenMP runtime, whose threads do the work; empty where there is none.
+# The file of PyTorch's OpenMP runtime, whose threads run the kernels; empty where PyTorch has no such runtime.
 _openmp = "" if _cpu is None else _cpu.find_openmp(torch._C.__file__)
 
 
 def thread_team() -> str:
-    """Whose threads the C++ kernels run on."""
+    """The threads that the C++ kernels run on, in words."""
     if _openmp:
         return f"the threads of PyTorch's OpenMP runtime, {_openmp}"
     return "threads of their own, started at every call: PyTorch has no OpenMP runtime in this process"
@@ -32,7 +35,8 @@ def thread_team() -> str:
 if _cpu is not None:
     logger.log(logging.INFO if _openmp else logging.WARNING, "the C++ kernels run on %s", thread_team())
 
-# A buffer from here on is always fresh from the system (glibc maps it), so that the advice touches no other data.
+# The bytes from which on a buffer is advised to lie in huge pages. glibc maps such a buffer on its own, so that the
+# advice concerns no other data.
 _HUGE = 1 << 25
 
 
@@ -42,18 +46,18 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The one in use: `KTO_KERNELS_CPU_ISA`, else the best. ValueError where that variable names none of them."""
+    """The instruction set in use: the one that the environment variable KTO_KERNELS_CPU_ISA names, else the best.
+
+    Raises:
+        ValueError: the variable names an instruction set that this build or machine does not have.
+    """
     return _cpu.instruction_set()
 
 
-def _scale(scale: Scale):
-    return _cpu.Scale(**vars(scale))
-
-
-class CpuBackend(StagedBackend):
+class CpuBackend(Backend):
     name = "cpu"
 
-    def unavailable(self, device):
+    def unavailable(self, device: torch.device) -> str | None:
         if _cpu is None:
             return (
                 f"the C++ extension kto_kernels._cpu is not there ({_import_error}). It is built where a C++ compiler is "
@@ -63,92 +67,123 @@ class CpuBackend(StagedBackend):
             return f"it runs on CPU tensors, not on {device.type}"
         return None
 
-    def empty(self, shape, dtype, device):
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         out = super().empty(shape, dtype, device)
         if out.nbytes >= _HUGE:
-            _cpu.advise_huge_pages(data=pointer(out), bytes=out.nbytes)
+            _cpu.advise_huge_pages(pointer(out), out.nbytes)
         return out
 
-    def token_logps(self, rows, scale):
-        logps = torch.empty(rows.labels.shape, dtype=torch.float32)
-        statistics = torch.empty((2, *rows.labels.shape), dtype=torch.float32)
-        native, _keep = native_rows(_cpu, rows)
-        _cpu.token_logps_forward(
-            rows=native,
-            scale=_scale(scale),
-            logps=pointer(logps),
-            reference=pointer(statistics[0]),
-            sum=pointer(statistics[1]),
-            threads=torch.get_num_threads(),
-        )
+    def may_be_outside(self, labels: Tensor, vocab: int, ignore_index: int) -> bool:
+        is_int64, size = labels.dtype == torch.int64, (labels.numel(), labels.shape[-1])
+        return _cpu.has_outside_label(pointer(labels), is_int64, *size, *strides(labels, 2), vocab, ignore_index)
+
+    def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
+        logps = torch.empty(rows.labels.shape, dtype=torch.float32, device="cpu")
+        statistics = logps.new_empty((2, *rows.labels.shape))
+        row_set, _keep = _row_set(rows, logps, statistics)
+        _cpu.forward([row_set], vars(scale), None, torch.get_num_threads())
         return logps, statistics
 
-    def score_chunk(self, logits, labels, scale, gradient, outputs):
-        dtypes = {"entropy": torch.float32, "mean_logits": torch.float32, "is_top1": torch.bool}
-        scores = {name: torch.empty(labels.shape, dtype=dtypes[name]) for name in outputs}
-        logps = torch.empty(labels.shape, dtype=torch.float32)
-        native, _keep = native_rows(_cpu, Rows(logits, labels, None, shift=False, ignore_index=-1))
-        _cpu.score_chunk(
-            rows=native,
-            scale=_scale(scale),
-            logps=pointer(logps),
-            **{name: pointer(scores.get(name)) for name in OUTPUTS},
-            gradient=pointer(logits if gradient else None),
-            threads=torch.get_num_threads(),
-        )
-        return ChunkScores(logps, **scores)
+    def score_chunk(
+        self, logits: Tensor, labels: Tensor, scale: Scale, gradient: bool, outputs: tuple[str, ...]
+    ) -> ChunkScores:
+        scores = ChunkScores.empty(labels, outputs)
+        fields, _keep = row_fields(Rows(logits, labels, None, shift=False, ignore_index=-1))
+        addresses = {name: pointer(getattr(scores, name)) for name in ("logps", *OUTPUTS)}
+        arguments = {"rows": fields, "scale": vars(scale), "gradient": pointer(logits if gradient else None)}
+        _cpu.score_chunk(arguments | addresses, torch.get_num_threads())
+        return scores
 
-    def sequence_logps(self, rows, logps, average):
-        sums = torch.empty(rows.n_sequences, dtype=torch.float64)
-        counts = torch.empty(rows.n_sequences, dtype=torch.int64)
-        native, _keep = native_rows(_cpu, rows)
-        _cpu.sequence_logps(
-            rows=native, logps=pointer(logps), average=average, sums=pointer(sums), counts=pointer(counts)
-        )
-        return sums, counts
+    def kto_forward(
+        self, policy: Rows, scale: Scale, desirable: Tensor, ref: Side, kl: Tensor | float, kl_policy: Side,
+        ref_kl: Side, objective: Objective,
+    ) -> ForwardResult:  # fmt: skip
+        count, empty = policy.n_sequences, functools.partial(torch.empty, device="cpu")
+        result = ForwardResult.empty(policy.labels, count, objective, torch.float32)
+        if not ref:
+            result.ref_logps.zero_()
+        keep: list = [desirable := desirable.contiguous()]  # keeps the tensors behind addresses alive until the call
+        counts = empty(count, dtype=torch.int64)
+        row_set, cu_seqlens = _row_set(policy, result.token_logps, result.statistics, result.logps, counts)
+        keep.append(cu_seqlens)
+        sets = [row_set]
 
-    def sequence_stages(self, dtype, logps, counts, ref_logps, desirable, kl, kl_logps, ref_kl_logps, options):
-        n = logps.numel()
-        loss = torch.empty((n,) if options.reduction == "none" else (), dtype=dtype)
-        rewards, coefficients = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
-        z0 = torch.empty((), dtype=dtype)
-        _cpu.sequence_stages(
-            n_sequences=n,
-            logps=pointer(logps),
-            ref_logps=pointer(ref_logps),
-            desirable=pointer(desirable),
-            counts=pointer(counts),
-            average=options.average_log_prob,
-            n_kl=0 if kl_logps is None else kl_logps.numel(),
-            kl_logps=pointer(kl_logps),
-            ref_kl_logps=pointer(ref_kl_logps),
-            kl=float(kl),
-            beta=options.beta,
-            desirable_weight=options.desirable_weight,
-            undesirable_weight=options.undesirable_weight,
-            reduction=REDUCTION[options.reduction],
-            loss=pointer(loss),
-            rewards=pointer(rewards),
-            kl_out=pointer(z0),
-            coefficients=pointer(coefficients),
-        )
-        return StageResult(loss=loss, rewards=rewards, kl=z0, coefficients=coefficients)
+        def sums(side: Side, out: Tensor | None = None) -> Tensor | None:
+            """A side's sequence log-probabilities: the given ones, or a buffer that the kernel fills from the rows."""
+            if side.rows is None and side.logps is not None:
+                given = side.logps.to(torch.float64, memory_format=torch.contiguous_format)
+                return given if out is None else out.copy_(given)
+            if side.rows is None:
+                return None
+            n, rows = side.rows.n_sequences, side.rows.n_rows
+            scratch, out, counts = (
+                empty((3, rows), dtype=torch.float32),
+                empty(n, dtype=torch.float64) if out is None else out,
+                empty(n, dtype=torch.int64),
+            )
+            row_set, cu_seqlens = _row_set(side.rows, scratch[0], scratch[1:], out, counts)
+            sets.append(row_set)
+            keep.extend((scratch, counts, cu_seqlens, out))
+            return out
 
-    def logits_backward(self, rows, scale, grad, coefficients, token_logps, statistics, out):
+        ref_logps, kl_logps, ref_kl_logps = sums(ref, result.ref_logps), sums(kl_policy), sums(ref_kl)
+        stages = stage_fields(result, objective, desirable, counts) | {
+            "n_kl": 0 if kl_logps is None else kl_logps.numel(),
+            "ref_logps": pointer(ref_logps),
+            "kl_logps": pointer(kl_logps),
+            "ref_kl_logps": pointer(ref_kl_logps),
+            "kl": float(kl),
+        }
+        _cpu.forward(sets, vars(scale), stages, torch.get_num_threads())
+        return result
+
+    def value_stages(
+        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor, desirable: Tensor, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logps, desirable = logps.contiguous(), desirable.contiguous()
+        if ref_logps is not None:
+            ref_logps = ref_logps.to(torch.float64).contiguous()
+        losses, slopes, rewards = (torch.empty_like(logps) for _ in range(3))
+        sequences = (logps.numel(), pointer(logps), pointer(ref_logps), pointer(desirable))
+        options = (objective.beta, objective.desirable_weight, objective.undesirable_weight)
+        _cpu.value_stages(*sequences, z0.item(), *options, pointer(losses), pointer(slopes), pointer(rewards))
+        return losses, slopes, rewards
+
+    def logits_backward(
+        self, rows: Rows, scale: Scale, grad: Tensor, coefficients: Tensor | None, token_logps: Tensor, statistics: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
         grad = grad.contiguous()
-        out_b, out_t = strides(out.unsqueeze(0) if out.dim() == 2 else out)
-        native, _keep = native_rows(_cpu, rows)
-        _cpu.logits_backward(
-            rows=native,
-            scale=_scale(scale),
-            grad=pointer(grad),
-            grad_stride=0 if grad.dim() == 0 else 1,
-            coefficients=pointer(coefficients),
-            logps=pointer(token_logps),
-            reference=pointer(statistics[0]),
-            sum=pointer(statistics[1]),
-            output=pointer(out),
-            output_stride_b=out_b,
-            output_stride_t=out_t,
-            threads=torch.get_num_threads(),
-        )
+        out_b, out_t = strides(out, 3)
+        fields, _keep = row_fields(rows)
+        origin, total = halves(statistics)
+        arguments = {
+            "rows": fields,
+            "scale": vars(scale),
+            "grad": pointer(grad),
+            "grad_stride": 0 if grad.dim() == 0 else 1,
+            "coefficients": pointer(coefficients),
+            "logps": pointer(token_logps),
+            "origin": origin,
+            "sum": total,
+            "out": pointer(out),
+            "out_stride_b": out_b,
+            "out_stride_t": out_t,
+        }
+        _cpu.logits_backward(arguments, torch.get_num_threads())
+
+
+def _row_set(
+    rows: Rows, logps: Tensor, statistics: Tensor, sums: Tensor | None = None, counts: Tensor | None = None
+) -> tuple[dict, Tensor | None]:
+    """A set of rows with the addresses for their results, and the tensor that the caller must keep alive."""
+    fields, keep = row_fields(rows)
+    origin, total = halves(statistics)
+    return {
+        "rows": fields,
+        "logps": pointer(logps),
+        "origin": origin,
+        "sum": total,
+        "sums": pointer(sums),
+        "counts": pointer(counts),
+    }, keep

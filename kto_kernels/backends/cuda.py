@@ -1,77 +1,53 @@
-"""`backend="cuda"`: launchers for the CUDA C++ kernels of `csrc/cuda` (`kto_kernels._cuda`). One launch an operator.
+"""`backend="cuda"`: launchers for the CUDA C++ kernels of `csrc/cuda` (`kto_kernels._cuda`), one launch an operator.
 
-Rows are split over blocks, and the blocks counted, as in `triton.py`: the last block of a row puts it together, and the
-one that finishes the last row of all does the stages after the seam. Which ones those are does not change a bit of the
-result.
+Rows are split over blocks, and finished blocks counted, as in `triton/launch.py`: the last of a row's blocks merges the
+row's shares, and the block that finishes the last row of all does the stages after the seam. The result has the same bits
+whichever block is last.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 
 import torch
 from torch import Tensor
 
-from ..rows import OUTPUTS, ChunkScores, ForwardResult, Rows, Scale, Sequences, strides
+from ..options import OUTPUTS, Objective, Scale
+from ..records import ChunkScores, Closing, ForwardResult, Rows, Side, strides
+from . import gpu
 from .base import Backend
-from .native import DTYPE, REDUCTION, native_rows, pointer
+from .native import DTYPE, objective_fields, pointer, row_fields, stage_fields
 
 _import_error = None
 try:
     from .. import _cuda
-except ImportError as error:
-    _cuda, _import_error = None, str(error)
+except ImportError as _error:
+    _cuda, _import_error = None, str(_error)
 
-# KTO_KERNELS_CUDA_EMULATE=1 at import: the kernels run on the host, block after block, on CPU tensors. For tests.
+# Under KTO_KERNELS_CUDA_EMULATE=1 at import, for tests, the kernels run on the host, block after block, on CPU tensors.
 _emulation, _emulation_error = None, None
 if os.environ.get("KTO_KERNELS_CUDA_EMULATE") == "1":
     try:
         from .. import _cuda_emulation as _emulation
-    except ImportError as error:
-        _emulation_error = f"the emulation is not built with KTO_KERNELS_CUDA_EMULATION=1 ({error})"
+    except ImportError as _error:
+        _emulation_error = f"the emulation is not built with KTO_KERNELS_CUDA_EMULATION=1 ({_error})"
 
 CAPABILITY = (8, 0)  # the oldest architecture built for
-THREADS, UNROLL = 128, 4  # of kernels.cu and kernels.cuh: what one step of a block reads
+THREADS, UNROLL = 128, 4  # as in kernels.cu and kernels.cuh: one step of a block reads THREADS * UNROLL vectors
 MAX_SPLITS = 32
-# Blocks wanted per multiprocessor: 8 are resident, and a second round evens out what they leave.
-BLOCKS_PER_PROCESSOR = 16
 
-# Of values given in any type; 3 is kF64 of csrc/cuda/launch.h.
+# The type codes of Values in csrc/cuda/launch.h; 3 is kF64.
 _VALUE_DTYPE = {**DTYPE, torch.float64: 3}
 
 
 # Launch parameters ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def row_splits(rows: int, vocab: int, dtype: torch.dtype, processors: int) -> int:
-    """How many blocks share a row: enough to fill the chip with few rows, one with many."""
+def row_splits(n_rows: int, vocab: int, dtype: torch.dtype, processors: int) -> int:
+    """How many blocks share a row: one where there are many rows, with few rows enough to fill the chip."""
     steps = -(-vocab * dtype.itemsize // (UNROLL * THREADS * 16))
-    return max(1, min(BLOCKS_PER_PROCESSOR * processors // max(1, rows), steps, MAX_SPLITS))
-
-
-@functools.cache
-def _default_stream_arrivals(device: torch.device, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Zeroed counters for one launch: one for all rows, and one for each where rows are split.
-
-    Calls on the default stream share one buffer: they run one after another, and each leaves zeros behind. Other streams
-    may run beside it, and a captured graph may be replayed anywhere, so that there each call zeroes its own.
-    """
-    # Rows are split only where two blocks a row are not too many.
-    count = 1 + BLOCKS_PER_PROCESSOR * _processors(device) // 2
-    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        return _default_stream_arrivals(device, count)
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    return max(1, min(gpu.PROGRAMS_PER_PROCESSOR * processors // max(1, n_rows), steps, MAX_SPLITS))
 
 
 def _native(device: torch.device):
@@ -80,7 +56,7 @@ def _native(device: torch.device):
 
 @contextlib.contextmanager
 def _target(device: torch.device):
-    """Where to launch: the device, made current, and the caller's stream there."""
+    """Makes the device current, and yields it with the caller's stream there: the Target of csrc/cuda/launch.h."""
     if device.type != "cuda":
         yield {"device": 0, "stream": 0}
         return
@@ -91,29 +67,84 @@ def _target(device: torch.device):
 # Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _rows(rows: Rows):
+def _row_fields(rows: Rows):
     if rows.vocab >= 1 << 31:
         raise ValueError(f"logits: backend='cuda' takes a vocabulary below 2**31, got {rows.vocab}")
-    return native_rows(_native(rows.logits.device), rows)
+    return row_fields(rows)
 
 
-def _forward(policy: Rows, scale: Scale, sets: list, n_rows: int, stages) -> None:
-    """`sets` hold `n_rows` rows like those of `policy`."""
-    device = policy.logits.device
-    native = _native(device)
-    splits = row_splits(n_rows, policy.vocab, policy.logits.dtype, _processors(device))
-    shares = torch.empty((n_rows, splits, 2) if splits > 1 else 0, dtype=torch.float64, device=device)
-    arrivals = _arrivals(device)
+def _row_set(
+    rows: Rows,
+    logps: Tensor,
+    statistics: Tensor | None = None,
+    sums: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[dict, Tensor | None]:
+    """The fields of RowSet in csrc/cuda/launch.h, and a tensor that the caller must keep alive behind an address in
+    them. A result that is None is not wanted."""
+    fields, keep = _row_fields(rows)
+    row_set = {
+        "rows": fields,
+        "logps": pointer(logps),
+        "origin": 0 if statistics is None else pointer(statistics[0]),
+        "sum": 0 if statistics is None else pointer(statistics[1]),
+        "sums": pointer(sums),
+        "counts": pointer(counts),
+    }
+    return row_set, keep
+
+
+def _values(tensor: Tensor | None) -> dict:
+    """The fields of Values in csrc/cuda/launch.h."""
+    if tensor is None:
+        return {"data": 0, "type": 0, "stride": 0}
+    stride = tensor.stride(0) if tensor.dim() == 1 else 0
+    # Address 0 means absent, but a tensor without elements may have it too.
+    return {"data": pointer(tensor) or 1, "type": _VALUE_DTYPE[tensor.dtype], "stride": stride}
+
+
+_OF_SEQUENCES = (
+    "token_logps", "offsets", "counts", "lengths", "logps", "slopes", "losses", "rewards", "divisor", "factor"
+)  # fmt: skip
+
+
+def _sequences(
+    sums: Tensor | None, ref_logps: Tensor | None, z0: Tensor, desirable: Tensor, objective: Objective,
+    average: bool = False, reduced_by: int = 1, **tensors: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches `sequences`; tensors that are not given are null to it."""
+    if len(desirable) == 0:
+        return
     arguments = {
-        "sets": sets,
-        "scale": native.Scale(**vars(scale)),
+        **{name: pointer(tensors.get(name)) for name in _OF_SEQUENCES},
+        "n_sequences": len(desirable),
+        "sums": pointer(sums),
+        "average": average,
+        "ref_logps": _values(ref_logps),
+        "z0": _values(z0),
+        "desirable": pointer(desirable),
+        "desirable_stride": desirable.stride(0),
+        **objective_fields(objective),
+        "reduced_by": float(reduced_by),
+    }
+    with _target(desirable.device) as target:
+        _native(desirable.device).sequences(arguments, target)
+
+
+def _forward(policy: Rows, scale: Scale, sets: list[dict], n_rows: int, stages: dict | None) -> None:
+    """Launches the forward on `sets` of rows like those of `policy`, `n_rows` of them together."""
+    device = policy.logits.device
+    splits = row_splits(n_rows, policy.vocab, policy.logits.dtype, gpu.processors(device))
+    shares = torch.empty((n_rows, splits, 2) if splits > 1 else 0, dtype=torch.float64, device=device)
+    arrivals = gpu.arrivals(device)
+    arguments = {
+        "scale": vars(scale),
         "splits": splits,
         "shares": pointer(shares),
         "arrivals": pointer(arrivals),
-        "stages": stages,
     }
     with _target(device) as target:
-        native.forward(**arguments, **target)
+        _native(device).forward(sets, stages, arguments, target)
 
 
 # Launchers ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,7 +153,7 @@ def _forward(policy: Rows, scale: Scale, sets: list, n_rows: int, stages) -> Non
 class CudaBackend(Backend):
     name = "cuda"
 
-    def unavailable(self, device):
+    def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cpu" and (_emulation is not None or _emulation_error is not None):
             return _emulation_error
         if _cuda is None:
@@ -138,71 +169,49 @@ class CudaBackend(Backend):
             return "built for compute capability {}.{} and later, the device has {}.{}".format(*CAPABILITY, *capability)
         return None
 
-    def token_logps(self, rows, scale):
+    def token_logps(self, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
         device = rows.logits.device
         logps = torch.empty(rows.labels.shape, dtype=torch.float32, device=device)
         statistics = torch.empty((2, *rows.labels.shape), dtype=torch.float32, device=device)
         if rows.n_rows == 0:
             return logps, statistics
-        native, _keep = _rows(rows)
-        row_set = _native(device).RowSet(
-            rows=native, logps=pointer(logps), maximum=pointer(statistics[0]), sum=pointer(statistics[1])
-        )
+        row_set, _keep = _row_set(rows, logps, statistics)
         _forward(rows, scale, [row_set], rows.n_rows, None)
         return logps, statistics
 
-    def kto_forward(self, policy, scale, desirable, ref, kl, kl_policy, kl_ref, options):
+    def kto_forward(
+        self, policy: Rows, scale: Scale, desirable: Tensor, ref: Side, kl: Tensor | float, kl_policy: Side,
+        ref_kl: Side, objective: Objective,
+    ) -> ForwardResult:  # fmt: skip
         device = policy.logits.device
-        native = _native(device)
 
         def empty(shape, dtype=torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        count, average = policy.n_sequences, options.average_log_prob
-        result = ForwardResult(
-            loss=empty((count,) if options.reduction == "none" else ()),
-            rewards=empty(count),
-            kl=empty(()),
-            coefficients=empty(count),
-            logps=empty(count, torch.float64),
-            ref_logps=empty(count, torch.float64),
-            token_logps=empty(policy.labels.shape),
-            statistics=empty((2, *policy.labels.shape)),
-        )
+        count, average = policy.n_sequences, objective.average_log_prob
+        result = ForwardResult.empty(policy.labels, count, objective, torch.float32)
         counts = empty(count, torch.float64) if average else None
-        keep = []  # the tensors behind pointers, until the launch
+        keep = []  # the tensors behind addresses, until the launch
 
-        def row_set(rows: Rows, sums: Tensor, logps: Tensor, **pointers: int):
-            native_rows, cu_seqlens = _rows(rows)
-            keep.extend((cu_seqlens, sums, logps))
-            return native.RowSet(rows=native_rows, logps=pointer(logps), sums=pointer(sums), **pointers)
+        def add_set(rows: Rows, logps: Tensor, *results: Tensor | None) -> None:
+            row_set, cu_seqlens = _row_set(rows, logps, *results)
+            sets.append(row_set)
+            keep.extend((cu_seqlens, logps, *results))
 
-        sets = [
-            row_set(
-                policy,
-                result.logps,
-                result.token_logps,
-                maximum=pointer(result.statistics[0]),
-                sum=pointer(result.statistics[1]),
-                counts=pointer(counts),
-            )
-        ]
+        sets: list[dict] = []
+        add_set(policy, result.token_logps, result.statistics, result.logps, counts)
 
-        def values(tensor: Tensor | None):
-            if tensor is None:
-                return native.Values(data=0, type=0, stride=0)
+        def values(tensor: Tensor | None) -> dict:
             keep.append(tensor)
-            stride = tensor.stride(0) if tensor.dim() == 1 else 0
-            # A tensor without elements may have no address, and is not absent.
-            return native.Values(data=pointer(tensor) or 1, type=_VALUE_DTYPE[tensor.dtype], stride=stride)
+            return _values(tensor)
 
-        def side(sequences: Sequences, sums: Tensor | None = None):
-            """Sequence log-probabilities: those given, or where the kernel puts its own."""
+        def side(sequences: Side, sums: Tensor | None = None) -> dict:
+            """A side's sequence log-probabilities: the given ones, or a buffer that the kernel writes them to."""
             rows = sequences.rows
             if rows is None:
                 return values(sequences.logps)
             sums = empty(rows.n_sequences, torch.float64) if sums is None else sums
-            sets.append(row_set(rows, sums, empty(rows.n_rows)))
+            add_set(rows, empty(rows.n_rows), None, sums)
             return values(sums)
 
         n_kl = 0
@@ -210,97 +219,99 @@ class CudaBackend(Backend):
             n_kl = kl_policy.rows.n_sequences
         elif kl_policy.logps is not None:
             n_kl = kl_policy.logps.numel()
-        n_rows = policy.n_rows + sum(s.rows.n_rows for s in (ref, kl_policy, kl_ref) if s.rows is not None)
-        stages = native.Stages(
-            average=average,
-            reduction=REDUCTION[options.reduction],
-            n_sequences=count,
-            n_kl=n_kl,
-            logps=pointer(result.logps),
-            counts=pointer(counts),
-            ref_logps=side(ref, result.ref_logps),
-            kl_logps=side(kl_policy),
-            kl_ref_logps=side(kl_ref),
-            kl=values(kl if isinstance(kl, Tensor) else None),
-            kl_value=0.0 if isinstance(kl, Tensor) else kl,
-            desirable=pointer(desirable),
-            desirable_stride=desirable.stride(0),
-            beta=options.beta,
-            desirable_weight=options.desirable_weight,
-            undesirable_weight=options.undesirable_weight,
-            loss=pointer(result.loss),
-            ref_logps_out=pointer(result.ref_logps),
-            rewards=pointer(result.rewards),
-            kl_out=pointer(result.kl),
-            coefficients=pointer(result.coefficients),
-        )
+        n_rows = policy.n_rows + sum(s.rows.n_rows for s in (ref, kl_policy, ref_kl) if s.rows is not None)
+        stages = stage_fields(result, objective, desirable, counts) | {
+            "n_kl": n_kl,
+            "ref_logps": side(ref, result.ref_logps),
+            "kl_logps": side(kl_policy),
+            "ref_kl_logps": side(ref_kl),
+            "kl": values(kl if isinstance(kl, Tensor) else None),
+            "kl_value": 0.0 if isinstance(kl, Tensor) else kl,
+            "desirable_stride": desirable.stride(0),
+            "ref_logps_out": pointer(result.ref_logps),
+        }
         _forward(policy, scale, sets, n_rows, stages)
         return result
 
-    def logits_backward(self, rows, scale, grad, coefficients, token_logps, statistics, out):
+    def logits_backward(
+        self, rows: Rows, scale: Scale, grad: Tensor, coefficients: Tensor | None, token_logps: Tensor, statistics: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
         if rows.n_rows == 0:
             return
         device = rows.logits.device
-        native = _native(device)
-        native_rows, _keep = _rows(rows)
-        if any(grad.stride()):  # else one value for all, as a sum's gradient comes
+        fields, _keep = _row_fields(rows)
+        if any(grad.stride()):  # all strides are 0 where one value is expanded, as in the gradient of a sum
             grad = grad.contiguous()
-        out_b, out_t = strides(out.unsqueeze(0) if out.dim() == 2 else out)
+        out_b, out_t = strides(out, 3)
         arguments = {
-            "rows": native_rows,
-            "scale": native.Scale(**vars(scale)),
+            "rows": fields,
+            "scale": vars(scale),
             "grad": pointer(grad),
             "grad_stride": 1 if any(grad.stride()) else 0,
             "coefficients": pointer(coefficients),
             "logps": pointer(token_logps),
-            "maximum": pointer(statistics[0]),
+            "origin": pointer(statistics[0]),
             "sum": pointer(statistics[1]),
             "out": pointer(out),
             "out_stride_b": out_b,
             "out_stride_t": out_t,
-            "splits": row_splits(rows.n_rows, rows.vocab, rows.logits.dtype, _processors(device)),
+            "splits": row_splits(rows.n_rows, rows.vocab, rows.logits.dtype, gpu.processors(device)),
         }
         with _target(device) as target:
-            native.backward(**arguments, **target)
+            _native(device).backward(arguments, target)
 
-    def score_chunk(self, logits, labels, scale, gradient, outputs):
-        device = logits.device
-        native = _native(device)
-
-        def empty(dtype=torch.float32) -> Tensor:
-            return torch.empty(labels.shape, dtype=dtype, device=device)
-
-        scores = ChunkScores(
-            logps=empty(), **{name: empty(torch.bool if name == "is_top1" else torch.float32) for name in outputs}
-        )
+    def score_chunk(
+        self, logits: Tensor, labels: Tensor, scale: Scale, gradient: bool, outputs: tuple[str, ...]
+    ) -> ChunkScores:
+        scores = ChunkScores.empty(labels, outputs)
         if labels.numel() == 0:
             return scores
-        native_rows, _keep = _rows(Rows(logits, labels, None, shift=False, ignore_index=-1))
-        arguments = {
-            "rows": native_rows,
-            "scale": native.Scale(**vars(scale)),
-            "gradient": pointer(logits if gradient else None),
-            "logps": pointer(scores.logps),
-            **{name: pointer(getattr(scores, name)) for name in OUTPUTS},
-        }
-        with _target(device) as target:
-            native.score_chunk(**arguments, **target)
+        fields, _keep = _row_fields(Rows(logits, labels, None, shift=False, ignore_index=-1))
+        addresses = {name: pointer(getattr(scores, name)) for name in ("logps", *OUTPUTS)}
+        arguments = {"rows": fields, "scale": vars(scale), "gradient": pointer(logits if gradient else None)}
+        with _target(logits.device) as target:
+            _native(logits.device).score_chunk(arguments | addresses, target)
         return scores
 
-    def scale_(self, tensor, factor):
+    def value_stages(
+        self, logps: Tensor, ref_logps: Tensor | None, z0: Tensor, desirable: Tensor, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logps = logps.contiguous()
+        losses, slopes, rewards = (torch.empty_like(logps) for _ in range(3))
+        results = {"slopes": slopes, "losses": losses, "rewards": rewards}
+        _sequences(logps, ref_logps, z0, desirable, objective, **results)
+        return losses, slopes, rewards
+
+    def close_sequences(self, closing: Closing, objective: Objective) -> Tensor | None:
+        divisor = closing.divisor
+        factor = None if divisor is None or not len(closing.slopes) else torch.empty_like(divisor)
+        given = closing.sums is not None
+        _sequences(
+            closing.sums, closing.ref_logps, closing.z0, closing.desirable, objective,
+            token_logps=None if given else closing.token_logps,
+            offsets=None if given else closing.offsets,
+            average=objective.average_log_prob,
+            counts=closing.counts,
+            lengths=closing.lengths,
+            reduced_by=max(1, closing.batch) if objective.reduction == "mean" else 1,
+            logps=closing.logps, slopes=closing.slopes, divisor=divisor, factor=factor,
+        )  # fmt: skip
+        return factor
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         device, count = tensor.device, tensor.numel()
-        if factor.device != device:  # on the host, where it costs no wait to read it
+        if factor.device != device:  # the factor is on the host, where reading it waits for nothing
             return super().scale_(tensor, factor)
         if count == 0:
             return
-        native = _native(device)
         steps = -(-count * tensor.dtype.itemsize // (UNROLL * THREADS * 16))
         arguments = {
             "data": pointer(tensor),
             "dtype": DTYPE[tensor.dtype],
             "count": count,
-            "factor": native.Values(data=pointer(factor), type=_VALUE_DTYPE[factor.dtype], stride=0),
-            "blocks": min(steps, BLOCKS_PER_PROCESSOR * _processors(device)),
+            "factor": _values(factor),
+            "blocks": min(steps, gpu.PROGRAMS_PER_PROCESSOR * gpu.processors(device)),
         }
         with _target(device) as target:
-            native.multiply(**arguments, **target)
+            _native(device).multiply(arguments, target)

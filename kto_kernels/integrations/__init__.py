@@ -1,2 +1,3 @@
-"""Drop-in replacements for what trainers call, one module for each library whose interface it has. Importing
-`kto_kernels` imports none of them, and they import the other library only when a function of theirs needs it."""
+"""Drop-in replacements for functions that trainers call, in one module for each library whose interface they have.
+Importing `kto_kernels` imports none of these modules. They import the other library only when a function needs it, but
+for `trl`, whose import imports TRL."""

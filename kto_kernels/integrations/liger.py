@@ -1,4 +1,5 @@
-"""In place of Liger-Kernel's KTO loss (0.8.5): the same calls and the same results, by `linear_kto_loss`."""
+"""A replacement for Liger-Kernel's KTO loss (0.8.5), computed by `linear_kto_loss`: the same calls, the same
+results."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dtensor, reference
-from ..distributed import Ranks
+from .. import checks, reference
 from ..loss import linear_kto_loss
+from ..parallel import dtensor
 from ..stages import linear_token_logps, sequence_logps
 from .patching import Patch, Replaced, check_call, holders, load, original, undo, version
 
@@ -36,46 +37,57 @@ def liger_fused_linear_kto(
     *,
     count_ignored: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """In place of `liger_kernel.chunked_loss.functional.liger_fused_linear_kto`, in its order of arguments.
+    """Replaces `liger_kernel.chunked_loss.functional.liger_fused_linear_kto`, with its arguments in their order.
+
+    The results differ from Liger's in these points:
+
+    - `kl` of shape (B,): with its default `chunk_size=1` Liger adds up the losses of every sequence at every sequence's
+      reference point, and with most other sizes it stops with an error.
+    - A sequence without a scored token: Liger's mean log-probability is NaN, and so are the loss and every gradient;
+      here the mean is 0.
+    - In bf16 and fp16 the sums of logits are sums of the exact logits; Liger adds up rounded logits.
+    - `1 − σ(x)`, which is 0 from x ≈ 17 in fp32, is computed without that loss of digits, and the gradient of the head
+      is summed in fp32 whatever the head's dtype.
+    - Under `torch.no_grad()` no gradient is computed.
 
     Args:
-        _input: (B, T, H) hidden states, each predicting the target at its own position (already shifted); bf16, fp16,
-            fp32 (fp64: slowly), any strides: `hidden[:, :-1]` costs no copy.
-        weight, bias: the head, (V, H) and (V,).
+        _input: (B, T, H) hidden states, already shifted: each predicts the target at its own position. bf16, fp16, fp32
+            (fp64: slowly), any strides: `hidden[:, :-1]` costs no copy.
+        weight: (V, H) bf16, fp16, fp32 or fp64: the head's weight.
         target: (B, T) int32 or int64; `ignore_index` where nothing is scored.
         preference_labels: (B,) bool, True for chosen.
-        ref_input, ref_weight, ref_bias: the reference's hidden states and head; used where `use_ref_model`.
-        kl: the reference point in nats: one number, or (B,), one for each sequence; None is 0. Taken as it is: the
-            caller has clamped it at 0, or wants it negative. No gradient.
-        beta: > 0.
-        use_ref_model: with a reference; without, its log-probabilities count as 0.
-        average_log_prob: sequence log-probabilities are means over the scored tokens instead of sums.
-        compiled, chunk_size: have no effect; how the work is cut follows from the memory it takes, and changes no result.
-        count_ignored: whether the logits sums take in the tokens that no target scores, prompts and padding, as Liger's
-            do. Liger has no such argument. False leaves these tokens out: the sums are of the scored tokens alone, as
-            the log-probabilities are.
+        bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        ref_input: (B, T, H') bf16, fp16, fp32 or fp64: the reference's hidden states, needed where `use_ref_model`.
+            None: there are none.
+        ref_weight: (V, H') bf16, fp16, fp32 or fp64: the reference's head, needed where `use_ref_model`. None: there is
+            none.
+        ref_bias: (V,) bf16, fp16, fp32 or fp64: the bias of the reference's head. None: the head has none.
+        kl: the reference point in nats, without gradient: a number or a () or (1,) tensor, or a (B,) tensor with one
+            for each sequence. None: 0. It is not clamped at 0: a caller who wants that clamps it before.
+        ignore_index: the target of positions that are not scored.
+        beta: β, how sharply the loss saturates, > 0, in 1/nat (arXiv 2402.01306, equations 7 and 8).
+        compiled: has no effect. In Liger it says whether the loss is compiled.
+        use_ref_model: whether there is a reference; without one, the reference's log-probabilities count as 0.
+        average_log_prob: whether a sequence's log-probability is the mean over its scored tokens. False: it is the sum.
+        chunk_size: has no effect. How the work is cut into chunks depends on memory, and changes no result.
+        count_ignored: whether the sums of logits include the tokens that no target scores (prompts and padding), as
+            Liger's do. False: they are sums over the scored tokens alone, as the log-probabilities are. Liger has no
+            such argument.
 
     Returns:
-        `(loss, (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
-        rejected_rewards_sum))`, all () fp32 (fp64 for fp64 `_input`): the mean loss over the B sequences, and sums over
-        those of each class, without gradient: of log-probabilities, of all V logits of every token (of every scored
-        token with `count_ignored=False`), and of rewards `beta · (logps − ref_logps)`.
+        loss: () fp32 (fp64 for fp64 `_input`), the mean loss over the B sequences.
+        sums: `(chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
+            rejected_rewards_sum)`, each () in the dtype of the loss and without gradient: sums over the chosen and over
+            the rejected sequences of log-probabilities, of all V logits of every token (with `count_ignored=False` of
+            every scored token), and of rewards `beta · (logps − ref_logps)`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: in backward, the gradient is differentiated or asked for a second time.
-
-    Where the results are not Liger's:
-        - `kl` of shape (B,): Liger, at its default `chunk_size=1`, adds up the losses of every sequence at every
-          sequence's reference point, and stops with an error at most other sizes.
-        - A sequence without a scored token: Liger's mean log-probability, and with it the loss and every gradient, is
-          NaN; here it is 0.
-        - The logits sums of bf16 and fp16 are those of the exact logits; Liger adds up logits that were rounded.
-        - `1 − σ(x)`, which is 0 from x ≈ 17 in fp32, is computed without that loss of digits, and the gradient of the
-          head is summed in fp32 whatever its dtype.
-        - Under `torch.no_grad()` no gradient is computed.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or is missing; the message names it.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
+        RuntimeError: in the backward, the gradient is differentiated or asked for a second time.
     """
-    weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)  # the logits sums need a head that is whole
+    weight, bias = dtensor.heads(None, weight=weight, bias=bias)  # the sums of logits need the whole head
     checks.head(_input, weight, bias, name="_input")
     if _input.dim() != 3:
         raise ValueError(f"_input: expected (B, T, H), got shape {tuple(_input.shape)}")
@@ -97,13 +109,13 @@ def liger_fused_linear_kto(
         checks.reference_head(ref_input, ref_weight, ref_bias, "ref_input", weight)
         checks.shape("ref_input", ref_input, (*target.shape, ref_input.shape[-1]), "as _input")
         with torch.no_grad():
-            ref_input = ref_input.to(_input.dtype)  # as `linear_kto_loss`: both sides are scored in the policy's dtype
+            ref_input = ref_input.to(_input.dtype)  # as `linear_kto_loss` does: it scores in the policy's dtype
             tokens = linear_token_logps(ref_input, ref_weight, target, bias=ref_bias, ignore_index=ignore_index)
             ref_logps = sequence_logps(
                 tokens, labels=target, average_log_prob=average_log_prob, ignore_index=ignore_index
             )
 
-    # r − z0 = S^π − (S^ref + z0): a reference point for each sequence is a shift of its reference.
+    # r − z0 = S^π − (S^ref + z0): a reference point for each sequence is added to the sequence's reference.
     out = linear_kto_loss(
         _input,
         weight,
@@ -133,8 +145,9 @@ def _logits_sums(
     bias: Tensor | None,  # (V,)
     counted: Tensor | None,  # (B, T) bool; None: every token
 ) -> Tensor:  # (B,)
-    """The sums over each sequence's tokens and over the vocabulary of `h·W_v + b_v`, in fp64. They need no logits: they are
-    `(Σ_t h_t)·(Σ_v W_v) + T·Σ_v b_v`, which costs one pass over the hidden states and one over the head."""
+    """The sums of the logits `h·W_v + b_v` over each sequence's tokens and over the vocabulary, in fp64. They are
+    computed without logits, as `(Σ_t h_t)·(Σ_v W_v) + T·Σ_v b_v`: one pass over the hidden states and one over the
+    head."""
     tokens = hidden.new_full(hidden.shape[:1], hidden.shape[1], dtype=torch.float64)
     if counted is not None:
         hidden, tokens = hidden.masked_fill(~counted.unsqueeze(-1), 0.0), counted.sum(-1).double()
@@ -147,7 +160,7 @@ def _logits_sums(
 
 
 def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | float:
-    """What broadcasts to one reference point for each of the B sequences, fp64."""
+    """The reference point, or one for each of the B sequences, in fp64."""
     if kl is None:
         return 0.0
     if isinstance(kl, (int, float)) and not isinstance(kl, bool):
@@ -159,8 +172,19 @@ def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | flo
 
 
 class LigerFusedLinearKTOLoss(nn.Module):
-    """In place of `liger_kernel.chunked_loss.LigerFusedLinearKTOLoss`, with its arguments; see `liger_fused_linear_kto`
-    for what they mean, what comes back, and where Liger's results are others."""
+    """Replaces `liger_kernel.chunked_loss.LigerFusedLinearKTOLoss`, with its arguments.
+
+    `liger_fused_linear_kto` says where the results differ from Liger's.
+
+    Args:
+        ignore_index: the target of positions that are not scored.
+        beta: β, how sharply the loss saturates, > 0, in 1/nat (arXiv 2402.01306, equations 7 and 8).
+        compiled: has no effect.
+        use_ref_model: whether there is a reference; without one, the reference's log-probabilities count as 0.
+        average_log_prob: whether a sequence's log-probability is the mean over its scored tokens. False: it is the sum.
+        chunk_size: has no effect.
+        count_ignored: whether the sums of logits include the tokens that no target scores, as Liger's do.
+    """
 
     def __init__(
         self,
@@ -188,33 +212,47 @@ class LigerFusedLinearKTOLoss(nn.Module):
         lin_weight: Tensor,  # (V, H)
         target: Tensor,  # (B, T)
         bias: Tensor | None = None,  # (V,)
-        preference_labels: Tensor | None = None,  # (B,) bool; never None, whatever the default
+        preference_labels: Tensor | None = None,  # (B,) bool; required, although Liger's default is None
         ref_input: Tensor | None = None,  # (B, T, H')
         ref_weight: Tensor | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
         kl: Tensor | float | None = None,  # (), (1,) or (B,)
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`(loss, sums)`, as `liger_fused_linear_kto`; `lin_weight` is its `weight`."""
+        """Calls `liger_fused_linear_kto` with the options of this module.
+
+        Args:
+            _input: (B, T, H) bf16, fp16, fp32 or fp64: hidden states, already shifted.
+            lin_weight: (V, H) bf16, fp16, fp32 or fp64: the head's weight.
+            target: (B, T) int32 or int64; `ignore_index` where nothing is scored.
+            bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+            preference_labels: (B,) bool, True for chosen; required, although Liger's default is None.
+            ref_input: (B, T, H') bf16, fp16, fp32 or fp64: the reference's hidden states. None: there are none.
+            ref_weight: (V, H') bf16, fp16, fp32 or fp64: the reference's head. None: there is none.
+            ref_bias: (V,) bf16, fp16, fp32 or fp64: the bias of the reference's head. None: the head has none.
+            kl: the reference point in nats, a number or a tensor (), (1,) or (B,). None: 0.
+
+        Returns:
+            loss: () the mean loss over the B sequences.
+            sums: the six sums that `liger_fused_linear_kto` returns.
+
+        Raises:
+            TypeError: as for `liger_fused_linear_kto`.
+            ValueError: as for `liger_fused_linear_kto`.
+            NotImplementedError: as for `liger_fused_linear_kto`.
+            RuntimeError: as for `liger_fused_linear_kto`.
+        """
         return liger_fused_linear_kto(
-            _input,
-            lin_weight,
-            target,
-            preference_labels,
-            bias=bias,
-            ref_input=ref_input,
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            kl=kl,
-            ignore_index=self.ignore_index,
-            beta=self.beta,
-            compiled=self.compiled,
-            use_ref_model=self.use_ref_model,
-            average_log_prob=self.average_log_prob,
-            chunk_size=self.chunk_size,
+            _input, lin_weight, target, preference_labels, bias, ref_input, ref_weight, ref_bias, kl, self.ignore_index,
+            self.beta, self.compiled, self.use_ref_model, self.average_log_prob, self.chunk_size,
             count_ignored=self.count_ignored,
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
+        """The options, for `repr`.
+
+        Returns:
+            The options by name.
+        """
         return (
             f"ignore_index={self.ignore_index}, beta={self.beta}, use_ref_model={self.use_ref_model}, "
             f"average_log_prob={self.average_log_prob}"
@@ -226,22 +264,25 @@ _TRL_TRAINER = "trl.trainer.kto_trainer"
 
 
 def patch_liger() -> Patch:
-    """Puts our `LigerFusedLinearKTOLoss` and `liger_fused_linear_kto` wherever an imported module holds Liger's:
-    `liger_kernel.chunked_loss`, its submodules, and trainers that have imported them (TRL 0.17 to 1.12 with
-    `use_liger_kernel=True`). The result lists the places: `print(patch_liger())`.
+    """Replaces Liger's `LigerFusedLinearKTOLoss` and `liger_fused_linear_kto` by ours in every imported module that has
+    them: `liger_kernel.chunked_loss`, the submodules of it, and trainers that have imported them (TRL 0.17 to 1.12
+    with `use_liger_kernel=True`). `print(patch_liger())` lists the places.
 
-    Call it before the trainer is made, which keeps the loss it was made with; or use it as a context manager, which
-    leaves what it found. A second call replaces what has appeared since. A module that imports the names while they are
-    replaced keeps ours after `unpatch_liger()`.
+    Call it before the trainer is made, as a trainer keeps the loss that it was made with. A second call also replaces
+    Liger's functions in modules imported since the first. A module that imports the names while they are replaced keeps
+    ours after `unpatch_liger()`.
+
+    Returns:
+        The patch. Used as a context manager it ends with the block, otherwise by `unpatch_liger()`.
 
     Warns:
-        UserWarning: TRL's KTO trainer is imported, before the call or while the patch is in place, and is of a version
-            that does not call Liger's loss (1.13 and later, and before 0.17), and no other module holds that loss: the
-            patch has no effect on the trainer.
+        UserWarning: the patch has no effect on TRL's KTO trainer. That trainer is imported, before the call or while
+            the patch is in place; it is of a version that does not call Liger's loss (1.13 and later, and before 0.17);
+            and no other module has imported that loss.
 
     Raises:
         ImportError: liger_kernel is not installed, or has no `chunked_loss`.
-        RuntimeError: its KTO loss is called otherwise than 0.8.5's.
+        RuntimeError: Liger's KTO loss has other parameters than that of 0.8.5.
     """
     library, functional, module = (
         load(f"liger_kernel.chunked_loss{name}", "patch_liger", "liger-kernel")
@@ -266,12 +307,12 @@ def patch_liger() -> Patch:
 
 
 def unpatch_liger() -> None:
-    """Puts Liger's own class and function back; nothing where they are in place."""
+    """Puts Liger's own class and function back. Without a patch in place it does nothing."""
     undo(_REPLACED)
 
 
 class _Watch(MetaPathFinder):
-    """Sees the import of TRL's KTO trainer behind a call of `patch_liger`, and leaves it to the other finders."""
+    """Notices when TRL's KTO trainer is imported after a call of `patch_liger`. The other finders do the import."""
 
     def find_spec(self, name, path, target=None):
         if name == _TRL_TRAINER:
@@ -285,8 +326,8 @@ _WATCH = _Watch()
 
 
 def _warn_without_effect(trainer: ModuleSpec | None) -> None:
-    """Warns where nobody would call what `patch_liger` has put in place: TRL's KTO trainer does not name Liger's loss in
-    its source, and no module beside Liger's own and ours holds it."""
+    """Warns where nothing calls the functions that `patch_liger` has put in place: the source of TRL's KTO trainer does
+    not name Liger's loss, and no module has imported it but Liger's own and ours."""
     loader = getattr(trainer, "loader", None)
     source = loader.get_source(trainer.name) if isinstance(loader, InspectLoader) else None
     # From TRL 0.27 to 1.5 the trainer is defined in trl.experimental.kto, where it calls Liger's loss.

@@ -1,5 +1,5 @@
-"""The log-probabilities and the loss under the names by which trainers call them: TRL's `selective_log_softmax`, the
-`get_batch_logps` of TRL (to 1.5) and LLaMA-Factory, and the `kto_loss` of TRL's trainer (to 1.5)."""
+"""Log-probabilities and loss under the names by which trainers call them: TRL's `selective_log_softmax`, the
+`get_batch_logps` of TRL (up to 1.5) and LLaMA-Factory, and the `kto_loss` of TRL's trainer (up to 1.5)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ def selective_log_softmax(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # like index
 ) -> Tensor:
-    """In place of `trl.trainer.utils.selective_log_softmax` (ms-swift and others import it): the log-probabilities of
-    chosen tokens, `log_softmax(logits / temperature)` gathered at `index`, reading the logits once.
+    """Replaces `trl.trainer.utils.selective_log_softmax`, which ms-swift and others import: the log-probabilities of
+    chosen tokens, `log_softmax(logits / temperature)` gathered at `index`. It reads the logits once.
 
     Args:
         logits: (..., V); bf16, fp16, fp32 (fp64: slowly), contiguous along V.
         index: (...) for one token of each row, or (..., K) for several, K >= 1; int32 or int64, each in [0, V).
-        temperature: > 0.
-        row_mask: like `index`; 0 or False where nothing is computed: the result and its gradient are 0 there.
+        temperature: the logits are divided by it, > 0. 1.0 leaves them as they are.
+        row_mask: (...) or (..., K) like `index`, of any dtype; where it is 0 or False, result and gradient are 0 and
+            nothing is computed. None: every row is scored.
 
     Returns:
-        Like `index`, fp32 (fp64 for fp64 logits) and differentiable. TRL's kernel returns fp32 too; its PyTorch path
-        returns bf16 for bf16 logits.
+        Log-probabilities in nats, of the shape of `index`, fp32 (fp64 for fp64 logits), differentiable. TRL's kernel
+            returns fp32 too; TRL's PyTorch path returns bf16 for bf16 logits.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it. Indices on a GPU are not looked at.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value; the message names it. Indices on a GPU are not
+            checked.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
     """
     checks.number("temperature", temperature, positive=True)
     checks.tensor("logits", logits, checks.FLOATS)
@@ -60,8 +64,8 @@ def selective_log_softmax(
     if index.shape[-1] == 0:
         raise ValueError(f"index: expected K >= 1, got shape {tuple(index.shape)}")
 
-    # The most probable of the K carries the softmax; the others lie a difference of logits below it. Both terms are at
-    # most 0, so that nothing cancels.
+    # The softmax is computed for the most probable of the K tokens. Each other one's log-probability is less by the
+    # difference of the two logits. Both terms are at most 0, so that nothing cancels.
     dtype = reference.compute_dtype(logits.dtype)
     chosen = index.long() if row_mask is None else torch.where(row_mask, index, 0).long()
     chosen = logits.gather(-1, chosen).to(dtype)
@@ -77,8 +81,8 @@ def selective_log_softmax(
 
 
 def _one_each(logits: Tensor, index: Tensor, temperature: float, scored: Tensor | None) -> Tensor:
-    """`token_logps` of any number of leading dimensions."""
-    ignored = torch.iinfo(index.dtype).min  # which no index is
+    """`token_logps` for any number of leading dimensions."""
+    ignored = torch.iinfo(index.dtype).min  # no valid index has this value
     labels = index if scored is None else torch.where(scored, index, ignored)
     if logits.dim() == 1:
         rows, labels = logits.unsqueeze(0), labels.unsqueeze(0)
@@ -87,7 +91,7 @@ def _one_each(logits: Tensor, index: Tensor, temperature: float, scored: Tensor 
     else:
         rows = logits
     logps = token_logps(rows, labels, ignore_index=ignored, temperature=float(temperature))
-    return logps.reshape(index.shape).clone()  # callers write into it, and the backward needs it as it was
+    return logps.reshape(index.shape).clone()  # a copy: callers may write into it, and the backward needs the values
 
 
 def get_batch_logps(
@@ -97,19 +101,24 @@ def get_batch_logps(
     label_pad_token_id: int = -100,
     is_encoder_decoder: bool = False,
 ) -> Tensor:
-    """In place of `KTOTrainer.get_batch_logps` of TRL 0.8 to 1.5: each sequence's log-probability.
+    """Replaces `KTOTrainer.get_batch_logps` of TRL 0.8 to 1.5: each sequence's log-probability.
 
     Args:
         logits: (B, T, V); bf16, fp16, fp32 (fp64: slowly).
         labels: (B, T) int32 or int64, not shifted; `label_pad_token_id` where nothing is scored.
-        average_log_prob: the mean over the scored tokens instead of the sum. Of none it is 0 (TRL's is NaN).
-        is_encoder_decoder: each position predicts the label at its own place instead of the next one's.
+        average_log_prob: whether to return the mean over the scored tokens, which is 0 without a scored token (TRL's is
+            NaN). False: the sum.
+        label_pad_token_id: the label of positions that are not scored. The default is PyTorch's.
+        is_encoder_decoder: whether each position predicts the label at the same position. False: the next one.
 
     Returns:
-        (B,) fp32 (fp64 for fp64 logits), differentiable; summed in fp64. TRL's has the dtype of the logits.
+        (B,) in nats, fp32 (fp64 for fp64 logits), differentiable, summed in fp64. TRL's result has the dtype of the
+            logits.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value; the message names it.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
     """
     if isinstance(logits, Tensor) and logits.dim() != 3:
         raise ValueError(f"logits: expected (B, T, V), got shape {tuple(logits.shape)}")
@@ -127,17 +136,23 @@ def get_batch_logps_and_lengths(
     label_pad_token_id: int = -100,
     ld_alpha: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In place of `llamafactory.train.trainer_utils.get_batch_logps`: each sequence's log-probability and length.
+    """Replaces `llamafactory.train.trainer_utils.get_batch_logps`: each sequence's log-probability and length.
 
     Args:
-        logits, labels, label_pad_token_id: as for `get_batch_logps`; position t predicts label t + 1.
-        ld_alpha: None. What LD-DPO makes of pairs is no part of KTO.
+        logits: (B, T, V); bf16, fp16, fp32 (fp64: slowly).
+        labels: (B, T) int32 or int64, not shifted: position t predicts label t + 1; `label_pad_token_id` where nothing
+            is scored.
+        label_pad_token_id: the label of positions that are not scored. The default is PyTorch's.
+        ld_alpha: must be None: it belongs to LD-DPO, a loss on pairs, and not to KTO.
 
     Returns:
-        Log-probabilities (B,) as from `get_batch_logps`, and the numbers (B,) int64 of scored tokens.
+        logps: (B,) in nats, as from `get_batch_logps`.
+        lengths: (B,) int64, the counts of scored tokens.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError: an argument has a wrong type or dtype; the message names it.
+        ValueError: an argument has a wrong shape, device or value; the message names it.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
     """
     if ld_alpha is not None:
         raise ValueError(f"ld_alpha: expected None (it is LD-DPO's, not KTO's), got {ld_alpha!r}")
@@ -154,22 +169,33 @@ def kto_loss(
     reference_rejected_logps: Tensor,  # (B_U,)
     reference_KL_logps: Tensor | None,  # (K,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In place of the method `KTOTrainer.kto_loss` of TRL 0.8 to 1.5, which LLaMA-Factory's and ms-swift's trainers
-    inherit. Either class may be empty.
+    """Replaces the method `KTOTrainer.kto_loss` of TRL 0.8 to 1.5, which LLaMA-Factory's and ms-swift's trainers
+    inherit.
+
+    There may be no desirable sequence, or no undesirable one.
 
     Args:
-        self: the trainer: its `beta`, `desirable_weight`, `undesirable_weight`, `accelerator`, and `loss_type` ("kto"
-            where a trainer has none: before TRL 0.9.3 there was no other).
-        policy_*, reference_*: sequence log-probabilities of the desirable and the undesirable sequences; and of the
-            mismatched ones, (K,), which "apo_zero_unpaired" does without.
+        self: the trainer, whose `beta`, `desirable_weight`, `undesirable_weight`, `accelerator` and `loss_type` are
+            used ("kto" where a trainer has no `loss_type`, as before TRL 0.9.3).
+        policy_chosen_logps: (B_D,) floating, the policy's sequence log-probabilities of desirable sequences, in nats.
+        policy_rejected_logps: (B_U,) floating, the same of undesirable sequences.
+        policy_KL_logps: (K,) floating, the same of mismatched sequences, which "apo_zero_unpaired" does not use; then
+            None will do.
+        reference_chosen_logps: (B_D,) floating, the reference's sequence log-probabilities of desirable sequences, in
+            nats.
+        reference_rejected_logps: (B_U,) floating, the same of undesirable sequences.
+        reference_KL_logps: (K,) floating, the same of mismatched sequences; None as for `policy_KL_logps`.
 
     Returns:
-        `(losses, chosen_rewards, rejected_rewards, kl)`: weighted losses (B_D + B_U,), the desirable ones first;
-        rewards (B_D,) and (B_U,), detached; and the reference point (), the mean over the processes of their means,
-        clamped at 0. fp32 (fp64 for fp64).
+        losses: (B_D + B_U,) the weighted losses, those of desirable sequences first; fp32 (fp64 for fp64
+            log-probabilities), as all results.
+        chosen_rewards: (B_D,) detached.
+        rejected_rewards: (B_U,) detached.
+        kl: () the reference point in nats, the mean of the processes' means, clamped at 0.
 
     Raises:
-        TypeError, ValueError: a tensor's dtype or shape is not as above, or the trainer's `loss_type` is another.
+        TypeError: a tensor has a wrong dtype.
+        ValueError: a tensor has a wrong shape, or the trainer's `loss_type` is another.
     """
     loss_type = getattr(self, "loss_type", "kto")
     policy = torch.cat([policy_chosen_logps, policy_rejected_logps])
@@ -201,18 +227,21 @@ _STATIC = staticmethod(get_batch_logps)  # one object, so that a second patch fi
 
 
 def patch_trl_kto() -> Patch:
-    """Replaces `get_batch_logps` and `kto_loss` in the class of TRL (0.8 to 1.5) that defines them for `trl.KTOTrainer`;
-    trainers that inherit them get ours too, also those that exist already.
+    """Replaces `get_batch_logps` and `kto_loss` in the class of TRL (0.8 to 1.5) that defines them for
+    `trl.KTOTrainer`. Trainers that inherit the two methods use ours too, also trainers that exist already.
 
-    As a context manager it leaves what it found; a second call changes nothing. A trainer with `use_liger_kernel=True`
-    calls neither method: `kto_kernels.integrations.liger.patch_liger` is for that.
+    A second call changes nothing. A trainer with `use_liger_kernel=True` calls neither method:
+    `kto_kernels.integrations.liger.patch_liger` is the patch for it.
+
+    Returns:
+        The patch. Used as a context manager it ends with the block, otherwise by `unpatch_trl_kto()`.
 
     Warns:
-        UserWarning: a trainer that is imported inherits from the class, but has both methods of its own.
+        UserWarning: an imported trainer inherits from the class, but overrides both methods.
 
     Raises:
-        ImportError: trl is not installed, or its KTOTrainer cannot be imported.
-        RuntimeError: its trainer has no such methods (1.6 and later), or calls them otherwise.
+        ImportError: TRL is not installed, or `trl.KTOTrainer` cannot be imported.
+        RuntimeError: TRL's trainer has no such methods (1.6 and later), or has them with other parameters.
     """
     trl = load("trl", "patch_trl_kto", "trl")
     what = f"patch_trl_kto: {version('trl')}"
@@ -240,19 +269,20 @@ def patch_trl_kto() -> Patch:
 
 
 def unpatch_trl_kto() -> None:
-    """Puts TRL's own methods back; nothing where they are in place."""
+    """Puts TRL's own methods back. Without a patch in place it does nothing."""
     undo(_TRL)
 
 
 def patch_llamafactory() -> Patch:
-    """Replaces the `get_batch_logps` that LLaMA-Factory's KTO trainer calls (its DPO trainer keeps its own). The loss is
-    a method that this trainer inherits from TRL: `patch_trl_kto` replaces it.
+    """Replaces the `get_batch_logps` that LLaMA-Factory's KTO trainer calls; the DPO trainer still calls the original.
+    The KTO trainer inherits its loss from TRL: `patch_trl_kto` replaces that. A second call changes nothing.
 
-    As a context manager it leaves what it found; a second call changes nothing.
+    Returns:
+        The patch. Used as a context manager it ends with the block, otherwise by `unpatch_llamafactory()`.
 
     Raises:
         ImportError: LLaMA-Factory is not installed, or its KTO trainer cannot be imported.
-        RuntimeError: the trainer calls no such function, or another one.
+        RuntimeError: the trainer's module has no such function, or has it with other parameters.
     """
     module = load("llamafactory.train.kto.trainer", "patch_llamafactory", "llamafactory")
     what = f"patch_llamafactory: {version('llamafactory')}"
@@ -264,5 +294,5 @@ def patch_llamafactory() -> Patch:
 
 
 def unpatch_llamafactory() -> None:
-    """Puts LLaMA-Factory's own function back; nothing where it is in place."""
+    """Puts LLaMA-Factory's own function back. Without a patch in place it does nothing."""
     undo(_LLAMAFACTORY)

@@ -1,4 +1,4 @@
-"""Putting our functions in the place of another library's, and taking them back."""
+"""Replacing functions of another library by ours, and putting the library's own back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,33 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
-logger = logging.getLogger("kto_kernels")
+logger: logging.Logger = logging.getLogger("kto_kernels")
 
 Replaced = tuple[Any, str, Any]  # the module or class, its attribute, what it held before
 
 
-class Patch(AbstractContextManager):
-    """What one call of a `patch_*` function replaced: its `repr` and `replaced` name the places, and each is logged. As a
-    context manager it ends with the state that the call found; otherwise the replacement stays until the matching
-    `unpatch_*`."""
+class Patch(AbstractContextManager["Patch"]):
+    """The replacements of one call of a `patch_*` function. `repr(patch)` and `patch.replaced` name their places, and
+    each is logged. As a context manager the patch ends with the block, which restores the state that the call found;
+    otherwise it stays until the matching `unpatch_*`.
+
+    Args:
+        log: the replacements of all calls that are still in place.
+    """
 
     def __init__(self, log: list[Replaced]):
-        self._log = log  # of all calls that still hold
+        self._log = log  # the replacements of all calls that are still in place
         self._mine: list[Replaced] = []
 
     def replace(self, owner: Any, name: str, ours: Any) -> None:
-        held = vars(owner)[name]  # not getattr: a static method stays one
+        """Puts `ours` in place of an attribute, and remembers its value.
+
+        Args:
+            owner: the module or class that has the attribute.
+            name: the name of the attribute.
+            ours: the new value. Where the attribute has it already, nothing is done.
+        """
+        held = vars(owner)[name]  # getattr would unwrap a static method
         if held is not ours:
             setattr(owner, name, ours)
             self._mine.append((owner, name, held))
@@ -36,13 +47,13 @@ class Patch(AbstractContextManager):
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """The full names of what this call replaced; none where an earlier call had done it."""
+        """The full names of what this call replaced, without what an earlier call had replaced already."""
         return tuple(".".join((*_path(owner), name)) for owner, name, _ in self._mine)
 
     def __repr__(self) -> str:
         return f"Patch({', '.join(self.replaced) or 'nothing that was not ours already'})"
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         undo(self._log, self._mine)
 
 
@@ -51,7 +62,12 @@ def _path(owner: Any) -> tuple[str, ...]:
 
 
 def undo(log: list[Replaced], entries: list[Replaced] | None = None) -> None:
-    """Puts back `entries` of the log (all of them by default), the last replaced first."""
+    """Puts back what was replaced, the last replaced first.
+
+    Args:
+        log: the replacements that are in place; what is put back is removed from it.
+        entries: the entries of the log to put back. None: all of them.
+    """
     for entry in reversed(list(log if entries is None else entries)):
         if entry in log:
             setattr(*entry)
@@ -59,7 +75,16 @@ def undo(log: list[Replaced], entries: list[Replaced] | None = None) -> None:
 
 
 def original(log: list[Replaced], owner: Any, name: str, caller: str) -> Any:
-    """What the attribute holds, or held before it was replaced.
+    """The attribute's value, or the value that it had before it was replaced.
+
+    Args:
+        log: the replacements that are in place.
+        owner: the module or class that has the attribute.
+        name: the name of the attribute.
+        caller: who calls this function, for the message.
+
+    Returns:
+        The value.
 
     Raises:
         RuntimeError: there is no such attribute.
@@ -70,24 +95,46 @@ def original(log: list[Replaced], owner: Any, name: str, caller: str) -> Any:
 
 
 def holders(value: Any) -> Iterator[tuple[ModuleType, str]]:
-    """Every imported module that holds the very object, under whichever name."""
+    """Every imported module with an attribute that is `value` itself, and the attribute's name.
+
+    Args:
+        value: the value that is looked for.
+
+    Yields:
+        The module and the name of the attribute.
+    """
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
             yield from [(module, name) for name, held in list(vars(module).items()) if held is value]
 
 
 def subclasses(cls: type) -> Iterator[type]:
-    """Every class that inherits from the class, directly or not."""
+    """Every class that inherits from `cls`, directly or not.
+
+    Args:
+        cls: the class.
+
+    Yields:
+        The subclass.
+    """
     for sub in cls.__subclasses__():
         yield sub
         yield from subclasses(sub)
 
 
 def load(module: str, caller: str, distribution: str) -> ModuleType:
-    """The module of another library.
+    """Imports a module of another library.
+
+    Args:
+        module: the module's full name.
+        caller: who calls this function, for the message.
+        distribution: the name that the library is installed by.
+
+    Returns:
+        The module.
 
     Raises:
-        ImportError: the library is not installed, or has no such module; the message names both.
+        ImportError: the library is not installed or has no such module; the message names module and library.
     """
     try:
         return importlib.import_module(module)
@@ -96,6 +143,14 @@ def load(module: str, caller: str, distribution: str) -> ModuleType:
 
 
 def version(distribution: str) -> str:
+    """The version of another library, for messages.
+
+    Args:
+        distribution: the name that the library is installed by.
+
+    Returns:
+        The name and the version, or that the library is not installed.
+    """
     try:
         return f"{distribution} {importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:
@@ -103,11 +158,17 @@ def version(distribution: str) -> str:
 
 
 def check_call(theirs: Callable, ours: Callable, what: str, *, skip: int = 0) -> None:
-    """Whatever calls theirs may call ours and means the same: their parameters, `skip` left out, are the first of ours,
-    with the same defaults.
+    """Checks that every call of `theirs` means the same as a call of `ours`: the parameters of `theirs`, without the
+    first `skip`, are the first parameters of `ours`, with the same defaults.
+
+    Args:
+        theirs: the other library's function.
+        ours: the function that replaces it.
+        what: the name of `theirs`, for the message.
+        skip: how many of the first parameters of `theirs` do not count. 0: all count.
 
     Raises:
-        RuntimeError: they are not; the message says what differs.
+        RuntimeError: the parameters differ; the message shows both signatures.
     """
     known = [(p.name, p.default) for p in inspect.signature(ours).parameters.values()]
     found = [(p.name, p.default) for p in inspect.signature(theirs).parameters.values()][skip:]

@@ -1,8 +1,8 @@
-"""TRL 1.16: `FusedKTOTrainer`, a KTOTrainer whose loss is computed from hidden states, and `patch_trl()`, which puts our
-token log-probabilities under every trainer of TRL. Importing this module imports TRL.
+"""For TRL 1.16: `FusedKTOTrainer`, a KTOTrainer whose loss is computed from hidden states, and `patch_trl()`, which
+makes every trainer of TRL use our token log-probabilities. Importing this module imports TRL.
 
-TRL's fused head runs inside the model's (wrapped) forward and scores hidden states through one function; ours takes
-that function's place. Everything around it stays TRL's: models, adapters, sharding, metrics.
+TRL's fused head runs inside the model's (wrapped) forward and scores hidden states through one function, which ours
+replaces. Everything around that function stays TRL's: models, adapters, sharding, metrics.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import math
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -21,10 +22,10 @@ from .. import checks
 from ..loss import linear_kto_loss
 from .patching import Patch, check_call, holders, load, original, undo, version
 
-trl_utils = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
-trl_kernels = load("trl.kernels", "kto_kernels.integrations.trl", "trl")
+trl_utils: ModuleType = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
+trl_kernels: ModuleType = load("trl.kernels", "kto_kernels.integrations.trl", "trl")
 
-from trl import KTOTrainer  # noqa: E402 - after the check that names what is missing
+from trl import KTOTrainer  # noqa: E402 - after `load`, whose error says what is missing
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer import kto_trainer  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
@@ -47,16 +48,19 @@ def _check_trl(caller: str) -> None:
 
 
 def patch_trl(verify: bool = True) -> Patch:
-    """Puts our token log-probabilities under every trainer of TRL 1.16 that scores tokens through its fused head (SFT,
-    DPO, KTO, GRPO, RLOO, …). Prompts and padding are left out on every device. May be called again; as a context
-    manager it ends with the block.
+    """Makes every trainer of TRL 1.16 that scores tokens through a fused head (SFT, DPO, KTO, GRPO, RLOO, …) use our
+    token log-probabilities. Prompts and padding are left out on every device. A second call is allowed.
 
     Args:
-        verify: the first batch of each model that a trainer is given from now on is compared with the model's own
-            forward: two small forwards of at most 64 tokens, once. Where they differ, a RuntimeError says by how much.
+        verify: whether the first batch of each model that a trainer is given from now on is compared with the model's
+            own forward: two small forwards of at most 64 tokens, once. Where they differ, a RuntimeError says by how
+            much.
+
+    Returns:
+        The patch. Used as a context manager it ends with the block, otherwise by `unpatch_trl()`.
 
     Raises:
-        RuntimeError: the TRL that is installed is not a version that this knows.
+        RuntimeError: the installed TRL is not of a known version.
         TypeError: `verify` is no bool.
     """
     checks.flag("verify", verify)
@@ -79,7 +83,7 @@ def patch_trl(verify: bool = True) -> Patch:
 
 
 def unpatch_trl() -> None:
-    """Takes back what `patch_trl` put in place."""
+    """Puts TRL's own functions back."""
     undo(_log)
 
 
@@ -87,8 +91,8 @@ def unpatch_trl() -> None:
 
 
 class _Request:
-    """What the policy's forward needs for the loss. No dataclass: wrappers that move or cast a forward's tensors look
-    into those, and would round the reference's log-probabilities."""
+    """The data that the policy's forward computes the loss from. It is no dataclass: wrappers that move or cast a forward's
+    tensors look into dataclasses, and would round the reference's log-probabilities."""
 
     def __init__(
         self, trainer: FusedKTOTrainer, labels: Tensor, desirable: Tensor, ref_logps: Tensor, kl: Tensor | None
@@ -107,8 +111,8 @@ class _Request:
     def apply(
         self, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
     ) -> tuple[Tensor | None, ...]:
-        """In the place of `ChunkedLogProbFunction.apply`: forms the loss and its gradients here, where the logits are.
-        The log-probabilities that it returns carry the loss through the model's outputs."""
+        """Replaces `ChunkedLogProbFunction.apply`: computes the loss and the gradients of it where the logits are. The
+        returned log-probabilities carry the loss through the model's outputs (`_Carry`)."""
         out = linear_kto_loss(
             hidden,
             weight,
@@ -129,8 +133,8 @@ class _Request:
 
 
 class _Carry(torch.autograd.Function):
-    """Log-probabilities with a loss behind them: whatever gradient reaches the first of them is the loss's. So the loss
-    is part of the outputs that DDP and FSDP hang their hooks on, whoever made the model's forward."""
+    """Returns the log-probabilities, and passes the gradient that arrives at the first of them on to the loss. The loss
+    thus depends on the outputs that DDP and FSDP attach their hooks to, however the model's forward is wrapped."""
 
     @staticmethod
     def forward(ctx, logps: Tensor, loss: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class _Carry(torch.autograd.Function):
 
 
 class _Carried(torch.autograd.Function):
-    """0, whose gradient is that of the loss which the log-probabilities carry."""
+    """Returns 0. The gradient of this 0 goes to the log-probabilities, and through `_Carry` to the loss."""
 
     @staticmethod
     def forward(ctx, logps: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ class _Carried(torch.autograd.Function):
 
 
 class _Policy:
-    """The model for one step of TRL's `_compute_loss`, which calls it with the completions."""
+    """Stands for the model in one call of TRL's `_compute_loss`, which calls it with the completions."""
 
     def __init__(self, model: torch.nn.Module, request: _Request):
         self.model, self.request = model, request
@@ -171,35 +175,37 @@ class _Policy:
                 "FusedKTOTrainer: the policy's forward returned without scoring a token through TRL's fused head; "
                 "something has replaced the model's forward since the trainer was made"
             )
-        self.carried = _Carried.apply(outputs.log_probs)  # as they came through the wrappers, with their hooks
-        outputs.log_probs = outputs.log_probs.detach()  # TRL makes its metrics of them
+        self.carried = _Carried.apply(outputs.log_probs)  # the wrappers' hooks are attached to these
+        outputs.log_probs = outputs.log_probs.detach()  # TRL computes only metrics from them
         return outputs
 
 
 class FusedKTOTrainer(KTOTrainer):
-    """`trl.KTOTrainer` 1.16 with another place for its loss: inside the wrapped model's forward, from hidden states,
-    through `linear_kto_loss` (3G with a trained head, 2G with a frozen one, reference and KL 1G each). Arguments, data,
-    metrics and their values are TRL's.
+    """`trl.KTOTrainer` 1.16, but the loss is computed from hidden states inside the wrapped model's forward, by
+    `linear_kto_loss`. In units of G, one product of the scored hidden states with the head, that costs 3G with a
+    trained head, 2G with a frozen one, and 1G each for reference and KL. Arguments, data, metrics and their values
+    are TRL's.
 
-    The reference's and the KL's log-probabilities come before the policy's forward instead of after it, and only the
-    completions' tokens are projected, on a CPU too.
+    The log-probabilities of reference and KL are computed before the policy's forward instead of after it, and the head
+    multiplies only the completions' tokens, on a CPU too.
 
-    Reference and KL are scored in the dtype in which the policy is, whatever dtype a reference model has: autocast's
-    where it is on, else that of the policy's hidden states.
+    Reference and KL are scored in the same dtype as the policy, whatever dtype a reference model has: in autocast's
+    dtype where autocast is on, else in the dtype of the policy's hidden states.
 
     Args:
-        *args, **kwargs: KTOTrainer's.
-        verify: True: on the first batch, the log-probabilities of at most 64 tokens from the logits of the model's own
-            forward are compared with those of the fused head, of the policy and of a reference model: two small
-            forwards of each, once. "full": and the loss of the first batch with the one that TRL computes. False:
-            neither.
+        *args: the positional arguments of KTOTrainer.
+        verify: True: on the first batch, log-probabilities from the logits of the model's own forward are compared with
+            the fused head's, for at most 64 tokens, for the policy and for a reference model: two small forwards of
+            each, once. "full": in addition, the loss of the first batch is compared with the one that TRL computes.
+            False: nothing is compared.
+        **kwargs: the keyword arguments of KTOTrainer.
 
     Raises:
-        RuntimeError: TRL is not a version that this knows. On the first batch, on all ranks: what `verify` compares
-            differs by more than rounding explains (`verify.compare` says what that is); a head that does more than
-            multiply, for instance.
-        ValueError: TRL's own checks; an adapter on the head itself, for instance, which a fused head would not see. A
-            head without a matrix of floats: a quantized one, or one of several layers.
+        RuntimeError: the installed TRL is not of a known version. On the first batch, on all ranks: what `verify`
+            compares differs by more than rounding explains (see `verify.compare`), for instance because the head does
+            more than multiply.
+        ValueError: TRL's own checks fail; or an adapter is on the head itself, which a fused head would not apply; or
+            the head is no matrix of floats: it is quantized, or has several layers.
     """
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
@@ -213,18 +219,28 @@ class FusedKTOTrainer(KTOTrainer):
         with mock.patch.object(kto_trainer, "add_fused_lm_head", head):
             super().__init__(*args, **kwargs)
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict) -> Any:
-        """TRL's, for `precompute_ref_log_probs`, in its constructor too."""
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The reference's log-probabilities of a batch. TRL calls it for `precompute_ref_log_probs`, also in its
+        constructor.
+
+        Args:
+            model: the model that scores the batch, as TRL passes it.
+            inputs: TRL's batch: tensors (B, T) by name.
+
+        Returns:
+            The result of TRL's method of this name, scored in the policy's dtype.
+        """
         if self.ref_model is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # DeepSpeed and FSDP would cast the policy only later, and they cast its reference likewise.
+            # Not under DeepSpeed and FSDP: they cast the policy only later, and cast the reference in the same way.
             with self.accelerator.autocast():
                 self._learn_the_policys_dtype(self.model, inputs)
         with scored_by(InDtypeOf(self._policy_scores)):
             return super().compute_ref_log_probs(model, inputs)
 
     def _learn_the_policys_dtype(self, model: Any, batch: dict) -> None:
-        """The dtype of the policy's hidden states, where no other forward tells it: by one over a few tokens, at the first
-        batch and whenever training and evaluation alternate, as autocast may be on in one of them alone."""
+        """Learns the dtype of the policy's hidden states from a forward over a few tokens, where no other forward
+        precedes the reference's. It does so on the first batch and whenever training and evaluation alternate, as
+        autocast may be on in one of them alone."""
         if self._dtype_known_for != self.model.training:
             self._dtype_known_for = self.model.training
             labels, some = verification.window(_labels(batch), _model_inputs(batch))
@@ -237,7 +253,7 @@ class FusedKTOTrainer(KTOTrainer):
         return super()._compute_kl_logps(model, batch)
 
     def _reference(self, batch: dict, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sequence log-probabilities (B,) of the reference, of completions and of mismatched ones."""
+        """The reference's sequence log-probabilities: (B,) of the completions and (K,) of the mismatched ones."""
         if self.precompute_ref_logps:
             return batch["ref_logps"], batch["ref_KL_logps"] if self.calculate_KL else None
         model, adapter = self.ref_model, contextlib.nullcontext()
@@ -277,7 +293,7 @@ class FusedKTOTrainer(KTOTrainer):
 
         desirable = torch.as_tensor(batch["label"], dtype=torch.bool, device=device)
         policy = _Policy(model, _Request(self, labels, desirable, ref_logps, kl))
-        # TRL's own step from here on, for metrics and auxiliary losses: what it would compute again is there already.
+        # From here on TRL's own step computes metrics and auxiliary losses, with the log-probabilities computed above.
         batch |= {"ref_logps": ref_logps, "ref_KL_logps": ref_kl_logps}
         self._known_kl_logps = (policy, kl_logps)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -286,19 +302,19 @@ class FusedKTOTrainer(KTOTrainer):
         finally:
             self.precompute_ref_logps, self._known_kl_logps = precomputed, None
         loss, *rest = result if return_outputs else (result,)
-        loss = loss + policy.carried  # its value is TRL's, to the bit; its gradient ours
+        loss = loss + policy.carried  # adds 0: the value is TRL's to the bit, the gradient ours
         return (loss, *rest) if return_outputs else loss
 
     def _compare_with_trl(self, model: Any, inputs: dict) -> None:
-        """The loss of a batch with the one that TRL's trainer computes, on its own functions."""
+        """Compares the loss of a batch with the one that TRL's trainer computes by TRL's own functions."""
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         with verification.quiet(self.model):
             with scored_by_trl():
                 theirs = super()._compute_loss(model, inputs, False)
             mine = self._fused_loss(model, inputs, False)
         self._metrics, self._total_train_tokens = metrics, tokens
-        # A loss moves by at most λβ/4 for each nat of a log-ratio and of the KL; each is the difference of two sums over
-        # at most this many tokens, whose roundings have either sign.
+        # A loss changes by at most λβ/4 for each nat of a log-ratio or of the KL. Either is a difference of two sums
+        # over at most `longest` tokens, whose rounding errors have random signs.
         longest = max(int(inputs[name].sum(-1).max()) for name in inputs if name.endswith("completion_mask"))
         slope = max(self.desirable_weight, self.undesirable_weight) * self.beta / 4
         models = [model for model in (self.model, self.ref_model) if model is not None]
@@ -311,7 +327,7 @@ def _labels(batch: dict) -> Tensor:
 
 
 def _model_inputs(batch: dict) -> dict:
-    """What of TRL's batch the model takes."""
+    """The part of TRL's batch that the model takes."""
     return {
         name: x
         for name, x in batch.items()

@@ -1,5 +1,5 @@
-"""TRL 1.16's fused head on a model, for more models than TRL's own `add_fused_lm_head` knows, and bound to none: copies
-of a model score with their own weights, and a pickle of it is a model without a fused head."""
+"""Puts TRL 1.16's fused head on a model, on more models than TRL's own `add_fused_lm_head` supports. The fused head
+keeps no reference to a model: copies of a model score with their own weights, and a pickled model has no fused head."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dtensor
-from ..distributed import Ranks
-from ..stages import gemm_dtype
+from ..linear.head import gemm_dtype
+from ..parallel import dtensor
 from . import verify as verification
 from .trl_scoring import ChunkedLogProbFunction, scored_by, scores_as_trl, trl_utils
 
 _theirs = trl_utils.add_fused_lm_head
 _log = logging.getLogger("kto_kernels")
 
-# Beside the names that TRL reads. Both are attributes of a model's config.
+# Attributes of a model's config, beside the ones that TRL reads.
 _SOFTCAPS = ("logits_soft_cap", "output_logit_soft_cap")  # RecurrentGemma, xLSTM
-_DIVISORS = ("logits_mup_width_multiplier",)  # Inkling: of the hidden states, which is the same
+_DIVISORS = ("logits_mup_width_multiplier",)  # Inkling divides its hidden states, which divides the logits
 # A layer that the model puts between its backbone and the module that `get_output_embeddings` returns.
 _BEFORE_HEAD = {
     "decoder": "lm_head",  # ModernBERT-decoder
@@ -44,19 +43,24 @@ def add_fused_lm_head(
     verify: bool | None = None,
     caller: str = "patch_trl",
 ) -> None:
-    """In place of TRL's function of this name. Twice on one model changes what the first said, as TRL's does.
+    """Replaces TRL's function of this name. A second call on one model changes the options of the first, as TRL's does.
 
     Args:
-        model, temperature, cast_lm_head_to_fp32, outputs: TRL's.
-        verify: whether the first batch is compared with the model's own forward; None: if this model never was.
-        caller: of this function, for messages.
+        model: the model that gets a fused head, of transformers, with or without adapters.
+        temperature: the logits are divided by it, > 0. 1.0 leaves them as they are.
+        cast_lm_head_to_fp32: whether the head is multiplied in fp32, outside autocast. False: in the dtype that the
+            hidden states have.
+        outputs: the fields that TRL's forward returns for each scored token, by TRL's names.
+        verify: whether the first batch is compared with the model's own forward. None: only if no batch of this model
+            has been compared yet.
+        caller: who calls this function, for messages.
 
     Raises:
-        ValueError: the head is not a matrix of floats, by which a fused head could multiply.
+        ValueError: the head is not a matrix of floats, which a fused head could multiply by.
     """
     _head(model)
     forward = vars(model).get("forward")
-    while (below := _below_trls(forward)) is not None:  # what an earlier trainer of TRL put in place
+    while (below := _below_trls(forward)) is not None:  # a fused head from an earlier trainer of TRL
         forward = below if getattr(below, "__func__", None) is not type(model).forward else None
     fused = vars(model).get("_kto_kernels_head")
     if fused is None:
@@ -69,13 +73,14 @@ def add_fused_lm_head(
     model.forward = forward
 
 
-add_unverified = functools.partial(add_fused_lm_head, verify=False)
+add_unverified: Callable[..., None] = functools.partial(add_fused_lm_head, verify=False)
 
 
 def _new_forward(own: Callable) -> Callable:
-    """A model's forward. Closes over no model: it finds everything through the one that it is called on."""
+    """A forward with a fused head for models whose class has the forward `own`. It is bound to no model, and finds
+    everything through the model that it is called on."""
 
-    # `generate` checks its arguments against the signature of the model's own.
+    # `generate` checks its arguments against the signature of the model's own forward.
     @functools.wraps(own)
     def forward(self, *args, fused_lm_head: bool = False, **kwargs):
         if fused_lm_head:
@@ -87,13 +92,21 @@ def _new_forward(own: Callable) -> Callable:
 
 
 def own_forward(model: nn.Module) -> Callable:
-    """The model's forward as it was before it had a fused head."""
-    # An instance may have one of its own, as by hooks that move tensors between devices. FSDP2 replaces classes.
+    """The model's forward as it was before it had a fused head.
+
+    Args:
+        model: a model that may have a fused head.
+
+    Returns:
+        The forward.
+    """
+    # A model may have a forward of its own beside the class's, for instance with hooks that move tensors between
+    # devices. The class is looked up at each call, as FSDP2 replaces it.
     return vars(model).get("_kto_kernels_forward") or functools.partial(type(model).forward, model)
 
 
 def _below_trls(forward: Any) -> Callable | None:
-    """What TRL's own fused head has put itself in front of; None if this is no such head."""
+    """The forward that TRL's own fused head has replaced; None if `forward` is not TRL's fused head."""
     function = getattr(forward, "__func__", forward)
     code = getattr(function, "__code__", None)
     if code is None or code.co_name != "_fused_forward" or "original_forward" not in code.co_freevars:
@@ -102,7 +115,7 @@ def _below_trls(forward: Any) -> Callable | None:
 
 
 def _has_ours(forward: Any) -> bool:
-    """Whether what replaced the forward of an instance, as autocast's wrapper does, still calls ours."""
+    """Whether a model's forward is ours, or wraps ours as autocast's does."""
     while forward is not None:
         if getattr(forward, "kto_kernels", False):
             return True
@@ -111,16 +124,25 @@ def _has_ours(forward: Any) -> bool:
 
 
 class FusedHead:
-    """What a model remembers of its fused head: no tensor, no module and nothing bound to them."""
+    """The state of a model's fused head. It holds no tensor, no module and nothing bound to one."""
 
     def __init__(self):
         self.options: dict[str, Any] = {}
-        self.caller = ""
-        self.pending = self.verified = False
-        self.slack = 0.0  # of a token's log-probability: what rounding may change, by the batch that was verified
+        self.caller: str = ""
+        self.pending: bool = False
+        self.verified: bool = False
+        self.slack: float = 0.0  # how much rounding may change a token's log-probability, by the verified batch
         self._function: Callable | None = None
 
     def set(self, temperature: float, cast_lm_head_to_fp32: bool, outputs: tuple[str, ...], caller: str) -> None:
+        """Sets the options of the fused head, which are those of `add_fused_lm_head`.
+
+        Args:
+            temperature: as for `add_fused_lm_head`.
+            cast_lm_head_to_fp32: as for `add_fused_lm_head`.
+            outputs: as for `add_fused_lm_head`.
+            caller: as for `add_fused_lm_head`.
+        """
         self.options = {
             "temperature": temperature,
             "cast_lm_head_to_fp32": cast_lm_head_to_fp32,
@@ -128,11 +150,11 @@ class FusedHead:
         }
         self.caller, self._function = caller, None
 
-    def __getstate__(self) -> dict:
-        """A copy makes TRL's function again, of the copied config, and verifies its own first batch."""
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied model makes TRL's function again, from the copied config, and verifies a first batch of its own."""
         return vars(self) | {"_function": None, "pending": self.pending or self.verified, "verified": False}
 
-    @functools.partial(torch.compiler.disable, recursive=False)  # what it calls is compiled
+    @functools.partial(torch.compiler.disable, recursive=False)  # the forward that it calls is compiled
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         tuples = getattr(model.config, "return_dict", True) is False
         with _named_outputs(model) if tuples else contextlib.nullcontext():
@@ -143,7 +165,7 @@ class FusedHead:
 
     @torch.compiler.disable
     def _trls(self, model: nn.Module) -> Callable:
-        """TRL's forward with a fused head, of this model."""
+        """TRL's forward with a fused head, for this model."""
         if self._function is None:
             bare = _Bare(model.config)
             _theirs(bare, **self.options)
@@ -181,23 +203,30 @@ class FusedHead:
 
 
 def rounding(model: nn.Module) -> float:
-    """What rounding may change of a token's log-probability, on average, by the batch that verified the model."""
+    """How much rounding may change a token's log-probability, on average, by the batch that verified the model.
+
+    Args:
+        model: a model that has a fused head itself or in a submodule, or none.
+
+    Returns:
+        The change in nats; 0 where no batch has verified the model.
+    """
     return max((vars(module)["_kto_kernels_head"].slack for module in model.modules()
                 if "_kto_kernels_head" in vars(module)), default=0.0)  # fmt: skip
 
 
 class _Recorder:
-    """Scores as usual, and keeps what the fused head was given."""
+    """Scores as `ChunkedLogProbFunction` does, and keeps what the fused head was given."""
 
     def __init__(self, dtype: torch.dtype | None):
-        self.dtype = dtype  # of the model's own head, where the fused one is in fp32 all the same
+        self.dtype = dtype  # the model's own head's, where the fused head is cast to fp32
         self.scored: verification.Scored | None = None
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
         found = ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
-        weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
+        weight, bias = dtensor.heads(None, weight=weight, bias=bias)
         given = hidden if self.dtype is None else hidden.to(self.dtype)
         scale = (float(logit_scale), softcap, float(temperature))
         self.scored = verification.Scored.of(given, weight, bias, targets, scale, gemm_dtype(given), found[0])
@@ -208,7 +237,7 @@ class _Recorder:
 
 
 class _Bare:
-    """As much of a model as TRL's `add_fused_lm_head` looks at when it is called."""
+    """The part of a model that TRL's `add_fused_lm_head` reads when it is called."""
 
     def __init__(self, config: Any):
         self.config = _Config(config)
@@ -217,7 +246,7 @@ class _Bare:
 
 
 class _Config:
-    """A config, with soft caps and scales under the names that TRL knows."""
+    """A model's config, with soft cap and scale under the names that TRL reads."""
 
     def __init__(self, config: Any):
         self._config = config
@@ -239,7 +268,8 @@ class _Config:
 
 
 class _Seen:
-    """A model as TRL's fused head calls it: hidden states as they reach the head, and a head with a bias or None."""
+    """A model as TRL's fused head uses it: with the hidden states that reach the head, and a head that has weight and
+    bias (or None)."""
 
     def __init__(self, model: nn.Module):
         self._seen = model
@@ -247,12 +277,12 @@ class _Seen:
     @property
     def base_model(self) -> Callable:
         backbone = self._seen.base_model
-        if backbone is self._seen:  # Llama 4's text model names another prefix than it has
+        if backbone is self._seen:  # Llama 4's text model has another prefix than its class says
             backbone = getattr(self._seen, "model", None)
         return functools.partial(self._hidden_states, backbone)
 
     @property
-    def model(self) -> Callable:  # of vision-language models before transformers 5
+    def model(self) -> Callable:  # used for vision-language models before transformers 5
         return functools.partial(self._hidden_states, self._seen.model)
 
     def _hidden_states(self, backbone: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +311,7 @@ class _Seen:
 
 @contextlib.contextmanager
 def _named_outputs(model: nn.Module) -> Iterator[None]:
-    """Backbones return named outputs, where their config says tuples."""
+    """Makes backbones return named outputs, even where their configs ask for tuples."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     tuples = [config for config in configs if getattr(config, "return_dict", True) is False]
     for config in tuples:
@@ -294,7 +324,7 @@ def _named_outputs(model: nn.Module) -> Iterator[None]:
 
 
 def _before_head(model: nn.Module) -> nn.Module | None:
-    """The layer that stands between a model's backbone and its head, where the names of both are known."""
+    """The layer between a model's backbone and the model's head, or None. `_BEFORE_HEAD` knows such layers by name."""
     head = model.get_output_embeddings()
     for name, before in _BEFORE_HEAD.items():
         try:
@@ -306,10 +336,10 @@ def _before_head(model: nn.Module) -> nn.Module | None:
 
 
 def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a model's head.
+    """The weight and the bias of a model's head.
 
     Raises:
-        ValueError: it has no matrix of floats to multiply by.
+        ValueError: the head has no matrix of floats to multiply by.
     """
     head = model.get_output_embeddings()
     what = f"{type(model).__name__}: expected a head with a weight (V, H) of floats, as nn.Linear has; got"

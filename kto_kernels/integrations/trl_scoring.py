@@ -1,28 +1,31 @@
-"""The one function through which TRL 1.16's fused head scores hidden states, and what takes its place."""
+"""The one function through which TRL 1.16's fused head scores hidden states, and our replacements for it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .. import checks, dtensor, reference
-from ..distributed import Ranks
-from ..stages import linear_scores
+from .. import checks, engine, reference
+from ..inputs import Inputs
+from ..options import Chunking, Objective, Scale, Scoring
+from ..parallel import dtensor
+from ..parallel.agreement import ALONE
 from .patching import load
 
-trl_utils = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
+trl_utils: ModuleType = load("trl.trainer.utils", "kto_kernels.integrations.trl", "trl")
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class ChunkedLogProbFunction:
-    """TRL's function of this name by ours: hidden states of scored tokens → what TRL's fused head returns for each."""
+    """Replaces TRL's function of this name: hidden states of scored tokens → what TRL's fused head returns for each."""
 
     @staticmethod
     def apply(
@@ -36,34 +39,51 @@ class ChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
-        """Token log-probabilities (N,) fp32, then those of `entropy`, `log_sum_sq_probs`, `mean_logits` and `is_top1`
-        that `outputs` asks for, (N,) each, None for the rest; gradients flow through the first two.
+        """Scores tokens. Gradients flow through log-probabilities and entropy.
 
-        `chunk_size`, the width of TRL's tiles, does not matter: ours are rows × the whole vocabulary (`LinearPlan`).
+        Args:
+            hidden: (N, H) floating, the hidden states of scored tokens.
+            weight: (V, H) floating, the head's weight.
+            bias: (V,) floating, the head's bias. None: the head has none.
+            targets: (N,) integers, the tokens that are scored.
+            temperature: the logits are divided by it, > 0.
+            chunk_size: the width of TRL's tiles. It has no effect: a chunk of ours is some rows × the whole vocabulary
+                (`LinearPlan`).
+            final_logit_softcapping: the soft cap of the logits, > 0. None: there is none.
+            logit_scale: the logits are multiplied by it, > 0. 1.0 leaves them as they are.
+            outputs: which of the last four results are computed. The default: all of them.
+
+        Returns:
+            The token log-probabilities (N,) fp32 in nats, then `entropy`, `log_sum_sq_probs`, `mean_logits` and
+                `is_top1`: (N,) each, or None where `outputs` does not ask for it.
 
         Raises:
-            TypeError, ValueError: as `linear_token_logps`.
+            TypeError: as for `linear_token_logps`.
+            ValueError: as for `linear_token_logps`.
+            NotImplementedError: as for `linear_token_logps`.
         """
-        weight, bias = dtensor.heads(Ranks(), weight=weight, bias=bias)
+        weight, bias = dtensor.heads(None, weight=weight, bias=bias)
         checks.head(hidden, weight, bias)
         checks.hidden_rows(hidden, targets, None, packed=False)
         if torch.is_grad_enabled() and hasattr(weight, "ds_id"):
-            # DeepSpeed's ZeRO-3 takes the gathered one back behind the forward; the backward computes logits again.
+            # Our backward computes logits again, but DeepSpeed's ZeRO-3 frees the gathered weight after the forward.
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         scale = (float(logit_scale), final_logit_softcapping, float(temperature))
         wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
-        logps, *extra = linear_scores(hidden, weight, bias, targets, None, (False, -100, *scale), None, wanted, "auto")
-        found = dict(zip(("entropy", "mean_logits", "is_top1"), extra))
+        inputs = Inputs("hidden", hidden, targets, weight=weight, bias=bias)
+        call = engine.agree(inputs, Scoring(Scale(*scale)), Objective(), Chunking(), ALONE)
+        found = call.token_logps(inputs.side(""), wanted)
         squares = None
         if "log_sum_sq_probs" in outputs:
             squares = _log_sum_sq_probs(hidden, weight, bias, scale)
         named = found | {"log_sum_sq_probs": squares}
-        return logps, *(named[name] if name in outputs else None for name in OUTPUTS)
+        return found["logps"], *(named[name] if name in outputs else None for name in OUTPUTS)
 
 
 @torch.no_grad()
 def _log_sum_sq_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: tuple) -> Tensor:
-    """`log Σ_v p_v²` of each row, in plain PyTorch, some rows at a time: a pass of its own, as few trainers log it."""
+    """`log Σ_v p_v²` of each row, in plain PyTorch, some rows at a time. Few trainers log it: it may cost another
+    pass."""
     rows = max(1, (1 << 24) // weight.shape[0])
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     return torch.cat(
@@ -76,19 +96,27 @@ def _log_sum_sq_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale
 
 
 def compact(device: torch.device) -> bool:
-    """Whether TRL's fused head leaves out the tokens that no label scores: it does where its own kernels run."""
+    """Replaces TRL's `_use_triton`, by which the fused head decides whether to leave out tokens that no label scores.
+    TRL does so where its own kernels run; here it is always done.
+
+    Args:
+        device: the device of the hidden states. It has no effect.
+
+    Returns:
+        True.
+    """
     return True
 
 
-# TRL gathers a sharded head (FSDP2, outside of its unsharded window) without reducing its gradient over the ranks: to us
-# it comes as it is.
-AROUND = {"_use_triton": compact, "DTensor": ()}
+# TRL gathers a head that FSDP2 has sharded, but does not reduce the head's gradient over the ranks. With no type to
+# recognise it by (`DTensor`), TRL passes the head on as it is, and we gather it.
+AROUND: dict[str, Any] = {"_use_triton": compact, "DTensor": ()}
 _THEIRS = {name: getattr(trl_utils, name) for name in ("_ChunkedLogProbFunction", *AROUND)}
 
 
 class _Current:
-    """What TRL's fused head calls inside `scored_by`: always this, so that a compiled model is compiled once, and not
-    traced, as the losses of two steps are two objects."""
+    """The object that TRL's fused head calls inside `scored_by`. It is one object for all steps, so that a compiled
+    model is compiled once, and it is not traced, as each step has a loss object of its own."""
 
     scorers: ClassVar[list[Any]] = []
 
@@ -100,8 +128,11 @@ class _Current:
 
 @contextlib.contextmanager
 def scored_by(scorer: Any) -> Iterator[None]:
-    """TRL's fused head of every model scores through `scorer.apply`, which takes what `ChunkedLogProbFunction.apply`
-    does."""
+    """Makes TRL's fused head of every model score through `scorer.apply` in the block.
+
+    Args:
+        scorer: an object whose `apply` has the arguments of `ChunkedLogProbFunction.apply`.
+    """
     _Current.scorers.append(scorer)
     try:
         with mock.patch.multiple(trl_utils, _ChunkedLogProbFunction=_Current, **AROUND):
@@ -110,24 +141,46 @@ def scored_by(scorer: Any) -> Iterator[None]:
         _Current.scorers.pop()
 
 
-def scored_by_trl() -> AbstractContextManager:
-    """TRL's fused head scores as TRL does, under `patch_trl` too."""
+def scored_by_trl() -> AbstractContextManager[Any]:
+    """Makes TRL's fused head score as TRL does, even under `patch_trl`.
+
+    Returns:
+        A context manager, whose block is scored so.
+    """
     return mock.patch.multiple(trl_utils, **_THEIRS)
 
 
 def scores_as_trl() -> bool:
+    """Whether TRL's fused head scores by TRL's own function now.
+
+    Returns:
+        True where nothing has replaced TRL's function.
+    """
     return trl_utils._ChunkedLogProbFunction is _THEIRS["_ChunkedLogProbFunction"]
 
 
 class InDtypeOf:
-    """Scores one model as another: with its hidden states cast to the dtype that the other's last had, and so its head
-    too. Without another, or before that one has scored, as usual."""
+    """Scores one model in the dtype of another one: it casts hidden states, and with them the head, to the dtype of the
+    hidden states that `other` has scored last.
+
+    Args:
+        other: the scorer of the other model. None, or before `other` has scored: nothing is cast.
+    """
 
     def __init__(self, other: InDtypeOf | None = None):
         self.other = other
-        self.dtype: torch.dtype | None = None  # of the hidden states that came last
+        self.dtype: torch.dtype | None = None  # of the hidden states scored last
 
     def apply(self, hidden: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        """`ChunkedLogProbFunction.apply` of the hidden states that were cast.
+
+        Args:
+            hidden: (N, H) floating, the hidden states of scored tokens.
+            *args: the other arguments of `ChunkedLogProbFunction.apply`.
+
+        Returns:
+            The results of `ChunkedLogProbFunction.apply`.
+        """
         self.dtype = hidden.dtype
         dtype = None if self.other is None else self.other.dtype
         return ChunkedLogProbFunction.apply(hidden if dtype is None else hidden.to(dtype), *args)

@@ -1,7 +1,7 @@
-"""Whether a model's logits are what a fused head takes them for: the hidden states times the head's weight, with a bias,
-a scale and a soft cap. The first batch tells: the model's own forward and the fused head score the same tokens.
+"""Checks that a model's logits are what a fused head assumes: hidden states times the head's weight, with a bias, a
+scale and a soft cap. On the first batch, the model's own forward and the fused head score the same tokens.
 
-Knows PyTorch only. Whoever scores hidden states in the place of a model's own head calls `first_batch`.
+This module uses PyTorch only. Code that scores hidden states in place of a model's own head calls `first_batch`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,28 @@ from torch import Tensor
 
 from .. import reference
 
-TOKENS = 64  # scored at most
-_ROWS = 8  # compared at a time, to hold little beside the logits
-_COLUMNS = 1 << 13  # of the head, multiplied at a time
+TOKENS = 64  # the most tokens that are scored
+_ROWS = 8  # tokens compared at a time, so that little memory is needed beside the logits
+_COLUMNS = 1 << 13  # rows of the head's weight multiplied at a time
 
 
 @dataclasses.dataclass
 class Scored:
-    """What a fused head was given for n tokens, and what it made of them."""
+    """The inputs of a fused head for n tokens, multiplied in high precision, and the fused head's result.
+
+    Attributes:
+        products: (n, V) floating, hidden · weight, not rounded to the head's dtype.
+        spread: (n, V) floating, the root of `Σ_i (h_i·w_i)²`.
+        norms: (n, V) floating, `‖h‖·‖w‖`.
+        bias: (V,) floating, the head's bias; 0.0 where there is none.
+        scale: logit scale, soft cap and temperature.
+        labels: (n,) integers.
+        logps: (n,) floating, the fused head's log-probabilities in nats.
+        width: H.
+        dtype: the dtype of the head's product.
+        dtypes: the dtypes of the hidden states and of the weight, before they were cast.
+        tf32: whether the product is rounded to TF32.
+    """
 
     products: Tensor  # (n, V), hidden · weight, not rounded to the head's dtype
     spread: Tensor  # (n, V), the root of Σ_i (h_i·w_i)²
@@ -35,7 +50,7 @@ class Scored:
     logps: Tensor  # (n,), the fused head's
     width: int  # H
     dtype: torch.dtype  # of the head's product
-    dtypes: tuple[torch.dtype, torch.dtype]  # of the hidden states and of the weight, as they came
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the hidden states and of the weight, before they were cast
     tf32: bool
 
     @staticmethod
@@ -49,8 +64,20 @@ class Scored:
         dtype: torch.dtype,
         logps: Tensor,  # (n,)
     ) -> Scored:
-        """Args: `dtype` is that of the head's product, to which hidden states and weight are cast; `scale` is
-        (logit_scale, softcap, temperature); `logps` are the fused head's log-probabilities of `labels`."""
+        """Computes the products.
+
+        Args:
+            hidden: (n, H) floating, the hidden states of the tokens.
+            weight: (V, H) floating, the head's weight.
+            bias: (V,) floating, the head's bias. None: the head has none.
+            labels: (n,) integers, the tokens that are scored.
+            scale: logit scale, soft cap and temperature.
+            dtype: the dtype that the head casts hidden states and weight to before it multiplies them.
+            logps: (n,) floating, the fused head's log-probabilities in nats.
+
+        Returns:
+            The record.
+        """
         wide = reference.compute_dtype(dtype)
 
         def exactly(x: Tensor) -> Tensor:
@@ -72,65 +99,76 @@ class Scored:
 
 @dataclasses.dataclass
 class _Worst:
-    """The entry that differs most, and by how much, in units of what rounding explains."""
+    """The entry that differs most."""
 
-    excess: float = 0.0
+    excess: float = 0.0  # the difference over what rounding explains
     token: int = 0
     own: float = 0.0
     fused: float = 0.0
     allowed: float = 0.0
-    slack: float = 0.0  # what is allowed for a label, on average
-    scale: float = 1.0  # by which the model's own logits are larger
-    scale_allowed: float = 0.0  # how far from 1 rounding may take it
+    slack: float = 0.0  # the difference that is allowed for a label, on average
+    scale: float = 1.0  # how many times as large the model's own logits are
+    scale_allowed: float = 0.0  # how far from 1 rounding may take `scale`
 
 
 def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
-    """The largest difference between log-probabilities from a model's own logits and those of a fused head, over what
-    rounding explains: more than 1 is a difference that rounding does not explain.
+    """Compares log-probabilities from a model's own logits with a fused head's.
 
-    With u the unit roundoff of the head's dtype (2⁻⁹ for bf16), a logit `z = softcap(s·(h·w + b))/T` may differ by
+    Each logit. With u the unit roundoff of the head's dtype (2⁻⁹ for bf16), a logit `z = softcap(s·(h·w + b))/T` may
+    differ by the sum δ of
 
-    - u of |s·h·w| + |s·b|: the product is rounded when it is stored; u more where a GPU splits its sum, for a bias, and
-      for a scale other than 1 each; under a soft cap 3u of |z|, for its division, tanh and product;
-    - what the sum of H products in fp32 makes, on both sides: 4·√H·2⁻²⁴ of ‖h‖·‖w‖, the square root as its H roundings
-      have either sign;
-    - where the hidden states are rounded before the product (a model may scale them instead of its logits; TF32 rounds
-      both factors): 2.5 such units of √Σ(h·w)², at least four standard deviations of H independent roundings.
+    - u times |s·h·w| + |s·b|, as the product is rounded when it is stored; the same again where a GPU splits the sum,
+      again for a bias, and again for a scale s other than 1; under a soft cap, 3u times |z| more, for the cap's
+      division, tanh and product;
+    - 4·√H·2⁻²⁴ times ‖h‖·‖w‖ for the sum of H products in fp32 on either side. It is √H and not H because the H
+      rounding errors have random signs;
+    - 2.5u times √Σ(h·w)² where the hidden states are rounded before the product, as where a model scales them instead
+      of the logits; and 2.5·2⁻¹⁰ times the same under TF32, which rounds both factors. These are at least four standard
+      deviations of the sum of H independent errors.
 
-    Call that δ_v for token v. Then its log-probability `z_v − log Σ exp z` differs by at most δ_v + log Σ p_v·exp δ_v.
-    All V of each row are held to it. For the labels, the fused head's own log-probabilities are held to twice that: they
-    are rounded too.
+    Each log-probability. With δ_v for token v, `z_v − log Σ exp z` may differ by δ_v + log Σ p_v·exp δ_v. All V of each
+    row must be within that. Both are made in fp64 here: in fp32 this log-softmax would add an error of its own, which
+    is larger than δ where the logits are small. For the labels, the fused head's log-probabilities must be within twice
+    that, as its logits are rounded too, and `eps·(|z_v − log Σ exp z| + ⅔√V)` more, with the eps of the dtype that they
+    are in: half an eps of each of `z_v − max z`, `log Σ exp(z − max z)` and their difference, whose sizes add up to
+    twice the log-probability's, and four standard deviations of a sum of V exponentials that are added one by one.
 
-    Another scale shows where every entry for itself lies within that: in the slope `Σ (z'_v − z_v)·c_v / Σ c_v²` over
-    all rows, c_v = z_v less its row's mean, which is the factor less 1. Roundings of one sign would add up to
-    `Σ δ_v·|c_v| / Σ c_v²`. They have either sign, and 0.3 of that is four standard deviations where 64 of them weigh the
-    same. Where a few logits outweigh the others (a confident model, and few tokens), four standard deviations are more:
-    `4/√3·√Σ(δ_v·c_v)² / Σ c_v²`, as a rounding is spread evenly over ±δ. The larger of the two is allowed, the whole sum
-    at most; and u where there is a scale or a cap, which the model may hold rounded. So 64 tokens show a factor of 1.01
-    in bf16, with a bias too, and one of 1.02 with a scale and a cap as well, unless the mean logit is larger than the
-    deviation of the logits from it. One token may hide a factor of 1 + 2u.
+    The scale. A wrong scale may keep every single entry within its bound, but it shows in the slope
+    `Σ (z'_v − z_v)·c_v / Σ c_v²` over all rows, where c_v is z_v minus the mean of the row: the slope is the wrong
+    factor minus 1. Rounding errors of one sign would make a slope of `Σ δ_v·|c_v| / Σ c_v²`. The errors have random
+    signs, so that 0.3 times this is four standard deviations for 64 errors of equal weight. Where few logits outweigh
+    the others (a confident model, few tokens), four standard deviations are more, namely `4/√3·√Σ(δ_v·c_v)² / Σ c_v²`
+    for errors uniform in ±δ. The larger of the two is allowed, but no more than the whole sum; and u more where there
+    is a scale or a cap, as the model may hold a rounded one. 64 tokens thus reveal a factor of 1.01 in bf16, also with
+    a bias, and of 1.02 with a scale and a cap too, unless the mean logit is larger than the logits' deviation from it.
+    With a single token a factor of 1 + 2u may go unnoticed.
 
     Args:
-        own: (n, V) logits as the model's own forward gives them.
-        scored: the same n tokens, as the fused head scored them.
-        again: `own` once more, of a second forward. The difference between the two is the model's own noise, as of sums
-            in no fixed order on a GPU, and is allowed four times.
+        own: (n, V) floating, logits from the model's own forward.
+        scored: the same n tokens, as the fused head has scored them.
+        again: (n, V) floating, `own` from a second forward; None: there was none. The difference of the two is the
+            model's own noise, for instance from sums in no fixed order on a GPU; four times this noise is allowed.
+
+    Returns:
+        The entry that differs most. An `excess` above 1 in it means a difference that rounding does not explain.
     """
     logit_scale, softcap, temperature = scored.scale
     u = torch.finfo(scored.dtype).eps / 2
     sums = 4 * math.sqrt(scored.width) * torch.finfo(scored.products.dtype).eps / 2
+    unit, exponentials = torch.finfo(scored.logps.dtype).eps, 2 / 3 * math.sqrt(own.shape[-1])
     roundings = 1 + own.is_cuda + (not isinstance(scored.bias, float)) + (logit_scale != 1)
     factors = 2.5 * (u * (logit_scale != 1) + 2.0**-10 * scored.tf32)
     worst, slack, slope = _Worst(), 0.0, torch.zeros(4, dtype=torch.float64, device=own.device)
     for start in range(0, own.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        x = (scored.products[rows] + scored.bias) * logit_scale
-        size = scored.products[rows].abs() + (scored.bias if isinstance(scored.bias, float) else scored.bias.abs())
+        products = scored.products[rows].double()
+        x = (products + scored.bias) * logit_scale
+        size = products.abs() + (scored.bias if isinstance(scored.bias, float) else scored.bias.abs())
         delta = roundings * u * size + sums * scored.norms[rows] + factors * scored.spread[rows]
         delta = delta * abs(logit_scale)
         if softcap is not None:
             capped = softcap * torch.tanh(x / softcap)
-            # A cap lets no more through of a relative error than it has.
+            # The cap's result has at most the relative error of the cap's argument.
             delta = delta * (capped / x).abs().nan_to_num(1.0) + 3 * u * capped.abs()
             x = capped
         z, delta = x / temperature, delta / abs(temperature)
@@ -143,7 +181,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
         theirs = scores(own[rows])
         if again is not None:
             delta = delta + 4 * (theirs - scores(again[rows])).abs().nan_to_num(0.0)
-        # A masked entry changes the others by its probability, which they show.
+        # Masked entries are not compared: a wrong one would show in the other entries, which sum to 1 with it.
         masked = ~own[rows].isfinite() | (own[rows] <= torch.finfo(own.dtype).min / 2)
         c = (z - z.mean(-1, keepdim=True)).masked_fill(masked, 0.0)
         moved = (theirs - logps).masked_fill(masked, 0.0)
@@ -151,10 +189,11 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
         terms = (moved * c, of_logit * c.abs(), (of_logit * c).square(), c * c)
         slope += torch.stack([x.sum(dtype=torch.float64) for x in terms])
         labels = scored.labels[rows].unsqueeze(-1)
-        slack += 2 * delta.gather(-1, labels).sum().item() / own.shape[0]
+        of_labels = 2 * delta.gather(-1, labels) + unit * (logps.gather(-1, labels).abs() + exponentials)
+        slack += of_labels.sum().item() / own.shape[0]
         for mine, found, allowed, columns in (
             (logps, theirs.where(~masked, logps), delta, None),
-            (scored.logps[rows].unsqueeze(-1).to(z), theirs.gather(-1, labels), 2 * delta.gather(-1, labels), labels),
+            (scored.logps[rows].unsqueeze(-1).to(z), theirs.gather(-1, labels), of_labels, labels),
         ):
             same = (mine == found) | (mine.isnan() & found.isnan())
             excess = torch.where(same, 0.0, (mine - found).abs() / allowed).nan_to_num(math.inf, posinf=math.inf)
@@ -173,19 +212,24 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     return worst
 
 
-def window(labels: Tensor, inputs: dict) -> tuple[Tensor, dict]:
-    """A piece of one row of a batch, which costs the same at any context length: of the row with most scored tokens,
-    from the token before its first scored one on, `TOKENS` + 1 of them.
+def window(labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Cuts a short piece out of one row of a batch, so that the check costs the same at any context length: up to
+    `TOKENS` + 1 tokens of the row with the most scored tokens, from the token before the row's first scored one on.
 
-    A causal model's logits there depend on nothing behind the piece, and the comparison not on what came before it.
-    Prompts stay outside, with images and padding: of `inputs` only tensors of a row for each of the labels' rows, and a
-    column for each of their columns, are taken.
+    A causal model's logits in the piece do not depend on tokens behind it, and the comparison needs no tokens before
+    it. Prompts, images and padding are left out: only those `inputs` are kept that are tensors of the labels' shape,
+    with or without more dimensions.
+
+    Args:
+        labels: (B, T) integers, -100 where nothing is scored.
+        inputs: the model's other inputs, by name.
 
     Returns:
-        labels: (1, w), and the inputs. Without a scored token in the batch, token 0 counts as the label of every one.
+        labels: (1, w). Without a scored token in the batch, every token gets the label 0.
+        inputs: the inputs that are kept, each (1, w, ...).
     """
     scored = labels != -100
-    scored[:, 0] = False  # nothing predicts it
+    scored[:, 0] = False  # no token predicts the first one
     row = int(scored.sum(-1).argmax())
     places = scored[row].nonzero().squeeze(-1).tolist()
     if not places:
@@ -204,8 +248,12 @@ def window(labels: Tensor, inputs: dict) -> tuple[Tensor, dict]:
 
 @contextlib.contextmanager
 def quiet(model: torch.nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode, no gradients; the modes, and the random states of the CPU and of every CUDA device,
-    are put back."""
+    """Puts every submodule in eval mode and turns gradients off. Afterwards the modes are restored, and the random
+    states of the CPU and of every CUDA device.
+
+    Args:
+        model: the model, whose submodules are put in eval mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -221,21 +269,21 @@ def quiet(model: torch.nn.Module) -> Iterator[None]:
 def first_batch(
     model: torch.nn.Module, own: Callable[[], Tensor], fused: Callable[[], Scored], *, caller: str
 ) -> float:
-    """Raises where a model's own logits do not give the log-probabilities that a fused head gives.
+    """Raises an error where a model's own logits do not give the log-probabilities that a fused head gives.
 
-    On all ranks of the default process group alike: each runs the same number of forwards, whatever it finds.
+    All ranks of the default process group raise it or none does, and all run the same number of forwards.
 
     Args:
-        model: whose modules are put in eval mode for it, without gradients and with the random state put back.
-        own: runs the model's own forward over a few tokens; → (n, V) logits of the scored ones.
+        model: its modules are put in eval mode meanwhile, without gradients and with the random state restored.
+        own: runs the model's own forward over a few tokens and returns the (n, V) logits of the scored ones.
         fused: runs the fused head over the same tokens.
-        caller: what to turn the check off of, for the message.
+        caller: the function or class whose `verify=False` turns the check off, for the message.
 
     Returns:
-        By how much rounding may change the log-probability of a token, on average, in nats.
+        How much rounding may change the log-probability of a token, on average, in nats.
 
     Raises:
-        RuntimeError: the two differ, by more than rounding explains, on some rank; or the model's own forward fails.
+        RuntimeError: on some rank the two differ by more than rounding explains, or the model's own forward fails.
     """
     name = type(model).__name__
     with quiet(model):
@@ -243,13 +291,13 @@ def first_batch(
         mixed = contextlib.nullcontext()
         device = scored.logps.device
         if not torch.is_autocast_enabled(device.type) and scored.dtypes[0] != scored.dtypes[1]:
-            # Its own head cannot multiply the two either, unless autocast casts them.
+            # The model's own head could not multiply tensors of two dtypes either, unless autocast casts them.
             mixed = torch.autocast(device.type, min(scored.dtypes, key=lambda dtype: dtype.itemsize))
         with mixed:
             if not isinstance(mixed, contextlib.nullcontext):
                 scored = fused()
             first, problem, worst = None, None, _Worst()
-            for _ in range(2):  # once more where they differ: the model may not repeat itself either
+            for _ in range(2):  # a second time where they differ: the model may not repeat itself either
                 try:
                     logits = own()
                     if logits.shape == scored.products.shape:
@@ -286,10 +334,16 @@ def first_batch(
 
 
 def same_loss(name: str, mine: Tensor, theirs: Tensor, allowed: float) -> None:
-    """Raises, on all ranks alike, where two losses () of one batch differ by more than `allowed`.
+    """Raises an error, on all ranks or on none, where two losses of one batch differ by more than `allowed`.
+
+    Args:
+        name: the model's name, for the message.
+        mine: () floating, the fused loss.
+        theirs: () floating, the other trainer's.
+        allowed: the difference that rounding explains.
 
     Raises:
-        RuntimeError: they differ on some rank.
+        RuntimeError: the losses differ by more than that on some rank.
     """
     if _anywhere(not bool((mine - theirs).abs() <= allowed), mine.device):
         raise RuntimeError(
@@ -299,7 +353,7 @@ def same_loss(name: str, mine: Tensor, theirs: Tensor, allowed: float) -> None:
 
 
 def _anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether it is true on some rank."""
+    """Whether `flag` is set on some rank."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return flag
     found = torch.tensor(int(flag), device=device)

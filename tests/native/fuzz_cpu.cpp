@@ -1,6 +1,6 @@
 // The entry points of csrc/cpu/engine.h on random problems, in every instruction set of the
-// machine: nothing is read or written outside, every result is near fp64's, and neither threads nor
-// the place of the result change a bit.
+// machine. Nothing is read or written outside of the buffers, every result is near fp64's, and the
+// bits depend neither on the number of threads nor on where a result is written.
 #include "../../csrc/cpu/engine.h"
 #include "problem.h"
 
@@ -9,10 +9,10 @@ using namespace fuzz;
 namespace {
 
 struct Statistics {
-  Buffer<float> logps, reference, sum;
-  explicit Statistics(int64_t n) : logps(n), reference(n), sum(n) {}
+  Buffer<float> logps, origin, sum;
+  explicit Statistics(int64_t n) : logps(n), origin(n), sum(n) {}
   bool operator==(const Statistics& other) const {
-    return logps == other.logps && reference == other.reference && sum == other.sum;
+    return logps == other.logps && origin == other.origin && sum == other.sum;
   }
 };
 
@@ -27,10 +27,10 @@ void run(Choices& choices) {
 
   Statistics statistics(rows.n_rows), again(rows.n_rows);
   kto::token_logps_forward(
-      rows, scale, {statistics.logps.data(), statistics.reference.data(), statistics.sum.data()},
+      rows, scale, {statistics.logps.data(), statistics.origin.data(), statistics.sum.data()},
       threads);
-  kto::token_logps_forward(rows, scale,
-                           {again.logps.data(), again.reference.data(), again.sum.data()}, 1);
+  kto::token_logps_forward(rows, scale, {again.logps.data(), again.origin.data(), again.sum.data()},
+                           1);
   CHECK(statistics == again, "%d threads", threads);
 
   // Sequences and the loss.
@@ -56,8 +56,8 @@ void run(Choices& choices) {
       CHECK(loss[i] >= 0 && loss[i] <= 1.5f, "loss %g", double(loss[i]));
   }
 
-  // The gradient: of each token, of each sequence, or one for all; into a new buffer, into one laid
-  // out as the logits are, and over them.
+  // The gradient from above is given for each token, for each sequence, or once for all. The
+  // backward writes to a new buffer and over the logits.
   const bool per_sequence = choices.one_in(2) && rows.n_sequences > 0;
   const int64_t grads = per_sequence ? rows.n_sequences : rows.n_rows;
   const int64_t stride = choices.one_in(3) ? 0 : 1;
@@ -65,7 +65,7 @@ void run(Choices& choices) {
   for (int64_t i = 0; i < (stride == 0 ? 1 : grads); ++i)
     grad[i] = choices.one_in(5) ? 0.0f : choices.normal();
   const kto::Gradient gradient{grad.data(), stride, per_sequence ? coefficients.data() : nullptr};
-  const kto::RowStatistics saved{statistics.logps.data(), statistics.reference.data(),
+  const kto::RowStatistics saved{statistics.logps.data(), statistics.origin.data(),
                                  statistics.sum.data()};
   Buffer<uint8_t> packed(rows.n_rows * vocab * problem.size,
                          choices.below(16 / problem.size) * problem.size);
@@ -96,7 +96,7 @@ void run(Choices& choices) {
     if (isfinite(g)) check_gradient(row, found, g, rows, scale, n);
   }
 
-  // A chunk: forward and backward at once.
+  // A chunk, forward and backward in one call.
   const Problem chunk(choices, Layout::of_one(choices.below(9)), dtype, vocab, true);
   const int64_t count = chunk.rows.n_rows;
   Buffer<uint8_t> turned(chunk.logits);
@@ -110,7 +110,7 @@ void run(Choices& choices) {
                     outputs ? mean.data() : nullptr, outputs ? top1.data() : nullptr},
                    overwrite ? turned.data() : nullptr, threads);
   chunk.check_gaps(turned);
-  if (!overwrite) CHECK(turned == chunk.logits, "a chunk that was to stay as it is");
+  if (!overwrite) CHECK(turned == chunk.logits, "a chunk was written to without being asked");
   for (int64_t n = 0; n < count; ++n) {
     const Row row = exact_row(chunk, n, kto::label_of(chunk.rows, n), scale);
     check_logp(row, logps[n], n);

@@ -1,6 +1,6 @@
-// The launches of csrc/cuda/launch.h in their emulation on the host, on random problems, with
-// blocks and threads in random order: nothing is read or written outside, every vector is aligned
-// as a GPU wants it, every result is near fp64's, and the counters are left at zero.
+// The launches of csrc/cuda/launch.h, emulated on the host, on random problems, with blocks and
+// threads in random order. Nothing is read or written outside of the buffers, every vector is
+// aligned as a GPU requires, every result is near fp64's, and the counters end at zero.
 #include "../../csrc/cuda/launch.h"
 #include "problem.h"
 
@@ -14,24 +14,24 @@ namespace {
 
 struct Scored {
   Problem problem;
-  Buffer<float> logps, maximum, sum;
+  Buffer<float> logps, origin, sum;
   Buffer<double> sums, counts;
 
   Scored(Choices& choices, const Layout& layout, DType dtype, int64_t vocab, bool shift)
       : problem(choices, layout, dtype, vocab),
         logps(problem.rows.n_rows),
-        maximum(problem.rows.n_rows),
+        origin(problem.rows.n_rows),
         sum(problem.rows.n_rows),
         sums(problem.rows.n_sequences),
         counts(problem.rows.n_sequences) {
     problem.rows.shift = shift;
   }
-  // Of the policy the backward's numbers too.
+  // The policy alone has statistics for a backward, and counts.
   kto::RowSet set(bool policy, bool average) const {
     return {problem.rows,
             0,
             logps.data(),
-            policy ? maximum.data() : nullptr,
+            policy ? origin.data() : nullptr,
             policy ? sum.data() : nullptr,
             sums.data(),
             policy && average ? counts.data() : nullptr};
@@ -51,7 +51,7 @@ void run(Choices& choices) {
   const bool shift = choices.one_in(3), average = choices.one_in(2);
   const Layout layout = Layout::of(choices, 3, 4), kl_layout = Layout::of(choices, 3, 3);
 
-  // The whole loss: the policy, and whichever of its companions there are.
+  // The whole loss: the policy with or without a reference, with or without KL logits.
   const Scored policy(choices, layout, dtype, vocab, shift);
   const Scored reference(choices, layout, dtype, vocab, shift);
   const Scored kl(choices, kl_layout, dtype, vocab, shift);
@@ -105,7 +105,7 @@ void run(Choices& choices) {
     if (one_each && isfinite(policy.sums[i]) && isfinite(ref_out[i]) && !isnan(kl_out[0]))
       CHECK(loss[i] >= 0 && loss[i] <= 1.5f, "loss %g", double(loss[i]));
 
-  // Its gradient, into a new buffer and over the logits.
+  // The loss's gradient, to a new buffer and over the logits.
   Buffer<float> grad(count);
   for (int64_t i = 0; i < count; ++i) grad[i] = choices.normal();
   const kto::Gradient gradient{grad.data(), 1, coefficients.data()};
@@ -117,7 +117,7 @@ void run(Choices& choices) {
                                   scale,
                                   gradient,
                                   policy.logps.data(),
-                                  policy.maximum.data(),
+                                  policy.origin.data(),
                                   policy.sum.data(),
                                   packed.data(),
                                   rows.tokens * vocab,
@@ -161,7 +161,7 @@ void run(Choices& choices) {
                      outputs ? top1.data() : nullptr},
                     {});
   chunk.check_gaps(turned);
-  if (!overwrite) CHECK(turned == chunk.logits, "a chunk that was to stay as it is");
+  if (!overwrite) CHECK(turned == chunk.logits, "a chunk was written to without being asked");
   for (int64_t n = 0; n < n_rows; ++n) {
     const Row row = exact_row(chunk, n, kto::label_of(chunk.rows, n), scale);
     check_logp(row, logps[n], n);

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h, as csrc/cuda/emulation.cpp has it, on the threads of threads.h.
+// The launches of csrc/cuda/launch.h, as in csrc/cuda/emulation.cpp, on the threads of threads.h.
 #include <algorithm>
 #include <type_traits>
 
@@ -6,7 +6,7 @@
 
 namespace kto {
 
-unsigned emulation_seed = 0;  // here it says how many blocks run beside one another
+unsigned emulation_seed = 0;  // chooses how many blocks run at once
 
 namespace {
 
@@ -45,6 +45,10 @@ void launch_multiply(const MultiplyArguments& arguments, Target) {
   with_type(arguments.dtype, [&](auto codec) {
     run(arguments.blocks, [&](auto& block) { multiply<decltype(codec)>(block, arguments); });
   });
+}
+
+void launch_sequences(const SequencesArguments& arguments, Target) {
+  run(1, [&](auto& block) { sequences(block, arguments); });
 }
 
 }  // namespace kto

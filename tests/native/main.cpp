@@ -1,5 +1,6 @@
-// In libFuzzer's place: COUNT random inputs from SEED on. The seed of one that fails is printed.
-// With PLANT set, a defect instead, which the sanitizer must find.
+// Usage: PROGRAM [COUNT [SEED]]. Does libFuzzer's work with COUNT random inputs, seeded from SEED
+// on, and prints the seed of an input that fails. With PLANT set it runs a defect of that name
+// instead, which the sanitizer must find.
 #include <limits.h>
 #include <signal.h>
 #include <stdint.h>
@@ -41,7 +42,7 @@ int main(int argc, char** argv) {
   }
   const unsigned count = argc > 1 ? unsigned(atol(argv[1])) : 1000;
   const unsigned first = argc > 2 ? unsigned(atol(argv[2])) : 1;
-  signal(SIGABRT, [](int) { fprintf(stderr, "the input of seed %u\n", input_seed); });
+  signal(SIGABRT, [](int) { fprintf(stderr, "this was the input of seed %u\n", input_seed); });
   for (unsigned i = 0; i < count; ++i) {
     std::mt19937 generator(input_seed = first + i);
     std::vector<uint8_t> input(generator() % 64);

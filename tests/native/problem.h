@@ -1,6 +1,6 @@
-// Random problems for the C++ entry points out of a fuzzer's bytes: sizes, strides, alignments,
-// types, labels and values, in buffers that end where their last element does; and what the answer
-// is, in fp64.
+// Random problems for the C++ entry points, made of a fuzzer's bytes: sizes, strides, alignments,
+// types, labels and values. Buffers end where the last element does, so that sanitizers see every
+// access behind it. The right answers are computed in fp64.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,7 @@ namespace fuzz {
 
 using kto::DType;
 
-// The bytes given, and when they are used up a generator that they have seeded.
+// Random numbers from the given bytes, and from a generator seeded by them when they are used up.
 class Choices {
  public:
   Choices(const uint8_t* data, size_t size) : data_(data), left_(size) {
@@ -62,8 +62,8 @@ class Choices {
   uint64_t state_ = 0xcbf29ce484222325u;
 };
 
-// Elements that begin `lead` elements behind an address aligned to 16 bytes, filled with NaN.
-// Nothing lies behind the last one, and what lies in front must stay as it is.
+// A buffer filled with NaN that begins `lead` elements behind an address aligned to 16 bytes. The
+// memory ends with the last element; the elements in front of the first one must stay untouched.
 template <class T>
 class Buffer {
  public:
@@ -97,7 +97,7 @@ class Buffer {
   uint8_t* memory_;
 };
 
-// int32 or int64.
+// A buffer of int32 or int64 indices.
 class IndexBuffer {
  public:
   IndexBuffer(int64_t size, bool is_int64)
@@ -114,7 +114,7 @@ class IndexBuffer {
   Buffer<uint8_t> bytes_;
 };
 
-// The floating types, written for clarity.
+// The floating-point types, written for clarity and not for speed.
 inline int64_t itemsize(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline double epsilon(DType dtype) {
   return dtype == DType::f32 ? 0x1p-23 : dtype == DType::f16 ? 0x1p-10 : 0x1p-7;
@@ -136,7 +136,7 @@ inline double decode(const uint8_t* p, DType dtype) {
   return bits & 0x8000 ? -value : value;
 }
 
-// Cut off, not rounded: any value of the type will do.
+// Truncates instead of rounding: tests can use any value of the type.
 inline void encode(uint8_t* p, DType dtype, float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
@@ -160,7 +160,7 @@ inline int64_t any_vocabulary(Choices& choices) {
     case 1:
       return choices.of<int64_t>({15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257});
     case 2:
-      return 4076 + choices.below(40);  // a block of csrc/cpu/kernels.cpp, and less or more
+      return 4076 + choices.below(40);  // about a block of csrc/cpu/kernels.cpp
     case 3:
       return 1 + choices.below(128) * 17;
     default:
@@ -168,7 +168,7 @@ inline int64_t any_vocabulary(Choices& choices) {
   }
 }
 
-// Lengths of sequences; packed, or padded to one length.
+// The lengths of the sequences, packed or padded to one length.
 struct Layout {
   bool packed;
   int64_t n_sequences, tokens = 0, n_rows = 0;
@@ -190,10 +190,10 @@ struct Layout {
   }
 };
 
-// kto::Rows, and the memory behind it.
+// kto::Rows and the memory that it points to.
 class Problem {
  public:
-  // all_scored: as in a chunk, every label is a token.
+  // all_scored: every label is a token, as in a chunk.
   Problem(Choices& choices, const Layout& layout, DType dtype, int64_t vocab,
           bool all_scored = false)
       : size(itemsize(dtype)),
@@ -248,7 +248,7 @@ class Problem {
     return decode(logits.data() + (kto::logits_offset(rows, n) + v) * size, rows.dtype);
   }
 
-  // Between the rows of a buffer laid out as the logits are, everything is as it was.
+  // Checks that nothing was written between the rows of a buffer with the logits' layout.
   void check_gaps(const Buffer<uint8_t>& buffer) const {
     for (int64_t n = 0; n + 1 < rows.n_rows; ++n) {
       const int64_t end = kto::logits_offset(rows, n) + rows.vocab;
@@ -280,10 +280,10 @@ inline kto::Scale any_scale(Choices& choices) {
   return {float(logit_scale / softcap), float(softcap / temperature), slope, true};
 }
 
-// One row in fp64: its log-probability, and how far fp32 may be from it.
+// The right answers for one row, in fp64.
 struct Row {
-  double logp, tolerance;
-  bool finite;  // no NaN, and no infinity but of the tokens that a mask left out
+  double logp, tolerance;  // the label's log-probability, and how far fp32 may be from it
+  bool finite;             // no logit is NaN or +inf, and the label's is finite
   std::vector<double> gradient;
 };
 
@@ -325,7 +325,7 @@ inline void check_logp(const Row& row, float logp, int64_t n) {
           double(logp), row.logp);
 }
 
-// g times the gradient of the row's log-probability.
+// Checks `found` against g times the gradient of the row's log-probability.
 inline void check_gradient(const Row& row, const uint8_t* found, float g, const kto::Rows& rows,
                            const kto::Scale& scale, int64_t n) {
   if (!row.finite) return;

@@ -1,6 +1,6 @@
-// The CPU engine's threads, under ThreadSanitizer: several callers at once, each with threads of
-// its own over rows enough for many blocks, from the very first call on; the bits are those of one
-// thread.
+// The CPU engine's threads, for ThreadSanitizer: from the first call on, several callers run at
+// once, each with threads of its own and with rows enough for many blocks. The bits must be those
+// of one thread.
 #include <optional>
 #include <thread>
 
@@ -12,11 +12,11 @@ using namespace fuzz;
 namespace {
 
 struct Result {
-  Buffer<float> logps, reference, sum, loss, scores;
+  Buffer<float> logps, origin, sum, loss, scores;
   Buffer<uint8_t> gradient, chunk;
 
   bool operator==(const Result& other) const {
-    return logps == other.logps && reference == other.reference && sum == other.sum &&
+    return logps == other.logps && origin == other.origin && sum == other.sum &&
            loss == other.loss && scores == other.scores && gradient == other.gradient &&
            chunk == other.chunk;
   }
@@ -27,8 +27,8 @@ Result run(const kto::Rows& rows, const Buffer<uint8_t>& logits, const kto::Scal
   const int64_t n = rows.n_rows;
   Result result{Buffer<float>(n), Buffer<float>(n),        Buffer<float>(n),       Buffer<float>(1),
                 Buffer<float>(n), Buffer<uint8_t>(logits), Buffer<uint8_t>(logits)};
-  kto::token_logps_forward(
-      rows, scale, {result.logps.data(), result.reference.data(), result.sum.data()}, threads);
+  kto::token_logps_forward(rows, scale,
+                           {result.logps.data(), result.origin.data(), result.sum.data()}, threads);
   const int64_t count = rows.n_sequences;
   Buffer<double> sums(count);
   Buffer<int64_t> counts(count);
@@ -41,7 +41,7 @@ Result run(const kto::Rows& rows, const Buffer<uint8_t>& logits, const kto::Scal
   kto::Rows own = rows;  // in place
   own.logits = result.gradient.data();
   kto::logits_backward(own, scale, {one.data(), 0, coefficients.data()},
-                       {result.logps.data(), result.reference.data(), result.sum.data()},
+                       {result.logps.data(), result.origin.data(), result.sum.data()},
                        {result.gradient.data(), rows.logits_stride_b, rows.logits_stride_t},
                        threads);
   own.logits = result.chunk.data();

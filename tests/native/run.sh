@@ -1,16 +1,16 @@
 #!/bin/bash
-# The native code under sanitizers, and on another processor. Usage: tests/native/run.sh
+# Tests the native code under sanitizers, and on another processor. Usage: tests/native/run.sh
 # [address|thread|python|aarch64|fuzz]..., the first four by default.
-#   address  COUNT random problems through every C++ entry point, and as many through the CUDA kernels' emulation,
-#            under AddressSanitizer and UndefinedBehaviorSanitizer
-#   thread   under ThreadSanitizer: callers and threads of the CPU engine, and the CUDA kernels with a host thread for
-#            each thread of a block; RACES problems each
-#   python   the native tests of the suite, in a package built as for `address`
-#   aarch64  cross-compiled and emulated: a few problems, and the look-up of the OpenMP runtime. Skipped, with a word,
-#            without aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)
-#   fuzz     as `address`, guided by coverage: libFuzzer, MINUTES for each program; CXX must be a Clang
-# A planted defect comes first: it must be found. SEED is that of the first problem; PYTHON and CXX choose the
-# interpreter and the compiler. The tree's own extensions stay as they are.
+#   address  runs COUNT random problems through every C++ entry point, and as many through the emulation of the CUDA
+#            kernels, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   thread   runs RACES problems each through the CPU engine with several callers, and through the CUDA kernels with a
+#            host thread for each thread of a block, under ThreadSanitizer
+#   python   runs the suite's tests of native code in a package built as for `address`
+#   aarch64  runs a few problems and the look-up of the OpenMP runtime, cross-compiled and emulated. It says so and is
+#            skipped without aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)
+#   fuzz     as `address`, with libFuzzer, which coverage guides: MINUTES for each program; CXX must be a Clang
+# Each sanitizer must first find a planted defect. SEED is the first problem's; PYTHON and CXX choose the interpreter
+# and the compiler. The extensions that lie in the tree stay as they are.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -20,7 +20,7 @@ export ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_e
 [ $# -gt 0 ] || set -- address thread python aarch64
 native=tests/native
 
-# build SANITIZERS: the package in build/sanitized-FIRST, and the objects of its extensions.
+# build SANITIZERS: builds the package in build/sanitized-FIRST, and lists the objects of its extensions.
 build() {
     local name=${1%%,*} output
     output=$(KTO_KERNELS_SANITIZE=$1 $PYTHON setup.py --quiet build --build-lib "build/sanitized-$name" 2>&1) ||
@@ -30,7 +30,7 @@ build() {
     cuda=$objects/kto_kernels._cuda_emulation/emulation.o
 }
 
-# program NAME SANITIZERS SOURCES AND OBJECTS...
+# program NAME SANITIZERS SOURCES AND OBJECTS...: links a test program.
 program() {
     local name=$1 sanitizers=$2
     shift 2
@@ -38,7 +38,7 @@ program() {
         -ldl -o "$objects/$name"
 }
 
-# finds DEFECT MESSAGE PROGRAM: planted there, it is found.
+# finds DEFECT MESSAGE PROGRAM: checks that PROGRAM fails with MESSAGE where DEFECT is planted.
 finds() {
     local output
     output=$(PLANT=$1 "$objects/$3" 2>&1) && { echo "$3 did not find a planted $1"; exit 1; }
@@ -69,18 +69,18 @@ for what in "$@"; do
         ;;
     python)
         build address,undefined
-        # The sanitizers' runtime comes before Python itself, which is not built with it and does leak.
+        # Python is not built with the sanitizers, so that their runtimes must be preloaded; and Python itself leaks.
         preload=""
         for library in libasan libubsan libstdc++; do preload+=" $($CXX -print-file-name=$library.so)"; done
         sanitized=(env LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0
             PYTHONPATH="$PWD/build/sanitized-address" "$PYTHON" -P)
         "${sanitized[@]}" -c 'import kto_kernels._cpu as c, kto_kernels._cuda_emulation as e
 assert all("/sanitized-address/" in module.__file__ for module in (c, e))'
-        # nvcc does not bear the preload: the two tests that start it are left out.
+        # The two tests that start nvcc are left out, as nvcc fails under the preload.
         "${sanitized[@]}" -m pytest -q -n 2 -p no:cacheprovider -m "not alone and not gpu" -k "not triton" \
-            --deselect tests/test_cuda.py::test_no_kernel_spills_or_uses_local_memory \
-            --deselect tests/test_cuda.py::test_bf16_kernels_move_vectors_of_16_bytes \
-            tests/test_{cpu,cuda,chunk,kto_loss,layouts,numerics,scale}.py
+            --deselect tests/backends/test_cuda.py::test_no_kernel_spills_or_uses_local_memory \
+            --deselect tests/backends/test_cuda.py::test_bf16_kernels_move_vectors_of_16_bytes \
+            tests/backends/test_{cpu,cuda,chunk}.py tests/losses/test_{kto_loss,layouts,numerics,logit_scale}.py
         ;;
     aarch64)
         cross=aarch64-linux-gnu-g++

@@ -1,6 +1,6 @@
-// The look-up of the OpenMP runtime: LIBRARY is loaded here as torch is on aarch64, visible to
-// itself alone, and brings the runtime. It must be found through LIBRARY, its threads must do the
-// work, and there must be none before.
+// Usage: team LIBRARY. The look-up of the OpenMP runtime: LIBRARY needs the runtime and is loaded
+// with RTLD_LOCAL, as torch is on aarch64. The runtime must not be found before, must be found
+// through LIBRARY, and the runtime's threads must do the work.
 #include <dlfcn.h>
 #include <stdio.h>
 
@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
   const std::string found = kto::find_openmp(argv[1]);
   if (found.find("gomp") == std::string::npos) return fail("the runtime is not found");
 
-  // A team's threads stay for the next call, threads of our own are new ones each time.
+  // OpenMP's team keeps its threads for the next call; threads of our own would be new each time.
   std::set<std::thread::id> seen;
   for (int call = 0; call < 5; ++call) {
     std::atomic<int> arrived{0};

@@ -1,8 +1,9 @@
 // The block of threads of csrc/cuda/device.cuh with a host thread for each thread of the block, and
-// blocks beside one another: what the kernels leave unordered, ThreadSanitizer sees.
+// several blocks at once, so that ThreadSanitizer sees every access that the kernels leave
+// unordered.
 //
-// What is in shared memory there is in Team here, at one place for each function that asks for it,
-// as there; barriers are barriers. A warp's shuffles bring its threads together.
+// Team stands for shared memory, with one place for each function that declares a shared variable.
+// A barrier is a barrier of all threads; a warp's shuffle is one of the warp's threads.
 #pragma once
 
 #include <pthread.h>
@@ -79,13 +80,13 @@ class Block {
   template <class F, class ShareAt>
   auto softmax(F&& f, ShareAt&& share_at) {
     const auto found = f(thread_);
-    float maximum = found.maximum;
-    for (float other : exchange(maximum)) maximum = fmaxf(maximum, other);
-    auto* maxima = shared<float, F>();
-    if (thread_ % kWarp == 0) maxima[thread_ / kWarp] = maximum;
+    float origin = found.origin;
+    for (float other : exchange(origin)) origin = fmaxf(origin, other);
+    auto* origins = shared<float, F>();
+    if (thread_ % kWarp == 0) origins[thread_ / kWarp] = origin;
     barrier();
-    for (int warp = 0; warp < kSize / kWarp; ++warp) maximum = fmaxf(maximum, maxima[warp]);
-    auto share = add_lanes(share_at(found, maximum));
+    for (int warp = 0; warp < kSize / kWarp; ++warp) origin = fmaxf(origin, origins[warp]);
+    auto share = add_lanes(share_at(found, origin));
     auto* shares = shared<decltype(share), ShareAt>();
     if (thread_ % kWarp == 0) shares[thread_ / kWarp] = share;
     barrier();
@@ -115,7 +116,7 @@ class Block {
     return all;
   }
 
-  // acq_rel for the two __threadfence() around the device's atomicAdd.
+  // acq_rel stands for the two __threadfence() around the device's atomicAdd.
   bool arrive(unsigned* counter, int64_t count) {
     barrier();
     return broadcast([&] {
@@ -127,7 +128,7 @@ class Block {
   }
 
  private:
-  // Shared memory of the function that is F's, the same at every call.
+  // The place in shared memory that belongs to the function F: the same one at every call.
   template <class T, class F>
   T* shared() {
     static const int place = next_place();
@@ -135,7 +136,7 @@ class Block {
     return reinterpret_cast<T*>(team_.shared.at(size_t(place)).bytes);
   }
 
-  // The values of all lanes of this thread's warp.
+  // Returns the values of all lanes of this thread's warp.
   template <class T>
   std::array<T, kWarp> exchange(const T& value) {
     const int warp = thread_ / kWarp;
@@ -152,7 +153,7 @@ class Block {
   }
 
   template <class Sum>
-  Sum add_lanes(const Sum& sum) {  // in the order of a butterfly of shuffles
+  Sum add_lanes(const Sum& sum) {  // in the order in which a warp's shuffles add
     auto lanes = exchange(sum);
     for (int half = kWarp / 2; half > 0; half /= 2)
       for (int lane = 0; lane < half; ++lane)
@@ -165,7 +166,7 @@ class Block {
   Team<kSize>& team_;
 };
 
-// Runs a kernel's body with `blocks` blocks, `beside` of them at a time.
+// Runs a kernel's body for `blocks` blocks, `beside` of them at a time.
 template <int kSize, class Body>
 void launch(int64_t blocks, int beside, const Body& body) {
   std::deque<Team<kSize>> teams(static_cast<size_t>(beside));
@@ -176,7 +177,7 @@ void launch(int64_t blocks, int beside, const Body& body) {
         for (int64_t index = t; index < blocks; index += beside) {
           Block<kSize> block(unsigned(index), thread, teams[size_t(t)]);
           body(block);
-          block.barrier();  // the next block has a shared memory of its own
+          block.barrier();  // the next block reuses the shared memory
         }
       });
   for (auto& thread : all) thread.join();

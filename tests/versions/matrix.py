@@ -1,5 +1,5 @@
 """`make test-versions-all`: the tests of `SELECTIONS` under every release of `ENVIRONMENTS`, each in an environment of its
-own, .venv-versions/NAME, which takes gigabytes and is deleted when its tests have run. What was found is written to
+own, .venv-versions/NAME, which takes gigabytes and is deleted when its tests have run. The findings are written to
 tests/versions/results/NAME.json, and from there to docs/versions.md.
 
 python tests/versions/matrix.py run [NAME...]    make the environments (all by default) and run the tests in them
@@ -57,19 +57,19 @@ ENVIRONMENTS = {
     "torch_2_14": Environment(("torch==2.14.1",), gib=8),
 }
 
-# What runs in every environment: title → pytest's arguments. Triton's interpreter is slow, and the smoke tests run every
+# The tests that run in every environment: title → pytest's arguments. Triton's interpreter is slow, and the smoke tests run every
 # kernel in it: whole grids leave it out.
 SELECTIONS = {
-    "every public function, every backend; torch.compile": ["tests/test_smoke.py"],
-    "operators from logits: opcheck, torch.compile, autograd": ["tests/test_operators.py"],
-    "operators from hidden states: the same": ["tests/test_linear_operators.py"],
-    "operators: fakes and tags of every dtype": ["tests/test_operators_fake.py"],
-    "operators: numbers that change under torch.compile": ["tests/test_operators_numbers.py"],
-    "operators: several copies of the package": ["tests/test_operators_copies.py"],
-    "operators: one backward, also compiled": ["tests/test_backward_once.py"],
-    "`kto_loss`, every option": ["tests/test_kto_loss.py", "-k", "not triton-cpu"],
-    "`linear_kto_loss`, every option": ["tests/test_linear.py", "-k", "not triton-cpu"],
-    "the package, surroundings": ["tests/test_package.py", "tests/test_environment.py"],
+    "every public function, every backend; torch.compile": ["tests/package/test_smoke.py"],
+    "operators from logits: opcheck, torch.compile, autograd": ["tests/losses/test_operators.py"],
+    "operators from hidden states: the same": ["tests/losses/test_linear_operators.py"],
+    "operators: fakes and tags of every dtype": ["tests/losses/test_operators_fake.py"],
+    "operators: numbers that change under torch.compile": ["tests/losses/test_operators_numbers.py"],
+    "operators: several copies of the package": ["tests/losses/test_operators_copies.py"],
+    "operators: one backward, also compiled": ["tests/losses/test_backward_once.py"],
+    "`kto_loss`, every option": ["tests/losses/test_kto_loss.py", "-k", "not triton-cpu"],
+    "`linear_kto_loss`, every option": ["tests/losses/test_linear_kto_loss.py", "-k", "not triton-cpu"],
+    "the package, surroundings": ["tests/package/test_package.py", "tests/package/test_environment.py"],
 }
 SECONDS = 3600  # after which a selection counts as hung
 TIMEOUT = 124  # the exit status then, as of the command `timeout`
@@ -118,7 +118,7 @@ def made(name: str, environment: Environment):
         env = variables(folder) | {"TMPDIR": str(caches(folder)), "KTO_KERNELS_CPU": "0", "KTO_KERNELS_CUDA": "0"}
         env.pop("KTO_KERNELS_CUDA_EMULATION", None)
         require([sys.executable, "-m", "venv", str(folder)], env)
-        # What is pinned here replaces what is pinned there, and torch itself says which Triton it takes.
+        # Versions pinned here replace those pinned there, and torch itself says which Triton it takes.
         replaced = {re.split(r"[<>=!~]", pin)[0] for pin in environment.pins} | {"triton"}
         lines = (ROOT / "constraints.txt").read_text().splitlines()
         constraints = folder / "constraints.txt"
@@ -142,7 +142,7 @@ def python(folder: Path) -> list[str]:
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """What is compiled in an environment stays there, and this tree is the only place to import our package from."""
+    """Everything compiled in an environment stays there, and this tree is the only place to import our package from."""
     own = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), str(caches(folder)))
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
 
@@ -174,7 +174,7 @@ def run_tests(folder: Path, arguments: list[str]) -> dict:
 
 
 def counts(report: str) -> dict:
-    """What a JUnit report says."""
+    """The numbers of a JUnit report."""
     passed, skipped, failed = 0, 0, {}
     for case in ElementTree.fromstring(report).iter("testcase"):
         error = next((found for tag in ("failure", "error") if (found := case.find(tag)) is not None), None)
@@ -251,14 +251,17 @@ def generated(results: list[dict]) -> str:
 def page(check: bool) -> int:
     paths = [RESULTS / f"{name}.json" for name in ENVIRONMENTS]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return write(MARKERS, generated(results), Path(__file__), check)
+
+
+def write(markers: re.Pattern, text: str, program: Path, check: bool) -> int:
+    """Puts the text between its markers on the page; with `check`, only tells where it is not there."""
     old = PAGE.read_text()
-    new = MARKERS.sub(lambda found: found[1] + generated(results) + found[2], old)
+    new = markers.sub(lambda found: found[1] + text + found[2], old)
     if not check:
         PAGE.write_text(new)
     elif new != old:
-        print(
-            f"{PAGE.relative_to(ROOT)} is not as its results files say; python tests/versions/matrix.py page writes it"
-        )
+        print(f"{PAGE.relative_to(ROOT)} is not as its results files say; python {program.name} page writes it")
     return int(check and new != old)
 
 

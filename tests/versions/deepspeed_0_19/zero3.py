@@ -27,11 +27,11 @@ def whole(module):
 def trainers(folder):
     """TRL's own trainer under DDP; FusedKTOTrainer and the patched trainer under ZeRO-3."""
     import trl
-    import trl_harness
     from accelerate.state import DistributedType, PartialState
-    from test_integrations_ddp import METRICS_RTOL, run
 
     from kto_kernels.integrations.trl import FusedKTOTrainer, patch_trl
+    from tests.integrations.test_trl_processes import beta_of, run
+    from tests.support import trl_harness
 
     expected = run(trl.KTOTrainer, "kto", folder, ddp_backend="gloo")
     # accelerate asks for a GPU before it lets DeepSpeed act.
@@ -43,15 +43,16 @@ def trainers(folder):
         with patch_trl():
             found.append(run(trl.KTOTrainer, "kto", folder, use_cpu=False, deepspeed=CONFIG))
     for training in found:
-        trl_harness.assert_same_training(expected, training, metrics_rtol=METRICS_RTOL)
+        trl_harness.assert_same_training(expected, training, beta=beta_of("kto"))
 
 
 def own_loop(folder):
     """The head's weight is empty when the loss asks for it: nobody calls the head's forward."""
     import deepspeed
     import torch.distributed as dist
-    from shard_harness import assert_near
-    from test_distributed_training import batches, part_of, tiny, trained, with_loss
+
+    from tests.parallel.test_training import batches, part_of, tiny, trained, with_loss
+    from tests.support.shard_harness import assert_near
 
     model = tiny(tied=False)
     data = list(batches(model))

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from trl_harness import MODELS, WORDS, assert_same_training, make_tokenizer
 
 from kto_kernels.integrations import logps
 from kto_kernels.integrations.logps import patch_llamafactory, patch_trl_kto
+from tests.support.trl_harness import MODELS, WORDS, assert_same_training, make_tokenizer
 
 torch.set_num_threads(1)  # tiny models
 

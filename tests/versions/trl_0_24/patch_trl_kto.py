@@ -3,11 +3,11 @@
 import pytest
 import torch
 import trl
-from trl_harness import MODELS, assert_same_training, make_tokenizer, train
 
 from kto_kernels.integrations import liger, logps
 from kto_kernels.integrations.liger import patch_liger
 from kto_kernels.integrations.logps import patch_trl_kto
+from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, train
 
 torch.set_num_threads(1)  # tiny models
 

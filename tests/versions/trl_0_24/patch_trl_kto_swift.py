@@ -7,10 +7,10 @@ from datasets import Dataset
 from swift.llm import get_model_tokenizer, get_template
 from swift.trainers import KTOConfig, KTOTrainer
 from swift.trainers.rlhf_trainer import rlhf_mixin
-from trl_harness import MODELS, WORDS, assert_same_training, make_tokenizer
 
 from kto_kernels.integrations import logps
 from kto_kernels.integrations.logps import patch_trl_kto
+from tests.support.trl_harness import MODELS, WORDS, assert_same_training, make_tokenizer
 
 torch.set_num_threads(1)  # tiny models
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import trl
-from trl_harness import MODELS, assert_same_training, make_tokenizer, train
 
 from kto_kernels.integrations import liger as ours
 from kto_kernels.integrations.liger import patch_liger
+from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, train
 
 torch.set_num_threads(1)  # tiny models
 LOSS_ONLY = dict.fromkeys(("rope", "swiglu", "rms_norm", "cross_entropy", "fused_linear_cross_entropy"), False)

@@ -1,0 +1,269 @@
+"""How a call runs. Read `run`: the five stages in order, around the seam behind the token log-probabilities.
+
+Two kinds of calls take a shorter way, on which one operator does several stages: a loss from logits without groups of
+ranks, and a loss from hidden states with a trained head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, reference, scalars
+from .backends import select
+from .inputs import Inputs, Side
+from .linear.head import Needs
+from .linear.rows import check_values, counted, scored_targets
+from .ops import linear, logits
+from .ops.schema import observed
+from .options import Chunking, Objective, Output, Scoring
+from .output import KTOOutput
+from .parallel.agreement import Agreed, Ranks
+from .parallel.groups import sums_over_ranks
+from .records import Completions
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call whose arguments are checked and whose ranks agree."""
+
+    inputs: Inputs
+    scoring: Scoring
+    objective: Objective
+    chunking: Chunking
+    ranks: Ranks
+    agreed: Agreed
+    inplace_backward: bool
+
+    @property
+    def vocab(self) -> int:
+        """The number of columns of the whole vocabulary."""
+        return self.inputs.columns if self.agreed.shard is None else self.agreed.shard.vocab
+
+    def check_values(self) -> None:
+        """Checks all values that may be read before the first product of hidden states, where each side would find its
+        own. (An operator checks its rows again, because a graph calls it alone; of logits there is one operator.)"""
+        inputs = self.inputs
+        if inputs.kind != "hidden" or not checks.readable(inputs.labels):
+            return
+        backend = select(self.scoring.backend, inputs.policy.device, inputs.dtype, "hidden, weight")
+        for each in (inputs.judged, inputs.mismatched):
+            if each.labels is not None:
+                check_values(each, self.scoring, self.vocab, backend)
+
+    def counted(self) -> Call:
+        """The call with the numbers of scored positions, where operators from hidden states would read them on a device
+        one by one: all are read here, in one wait. An operator that is observed reads them itself."""
+        inputs = self.inputs
+        if (
+            inputs.kind != "hidden"
+            or not checks.has_values(inputs.labels)
+            or checks.readable(inputs.labels)
+            or observed()
+        ):
+            return self
+        completions = [each for each in (inputs.judged, inputs.mismatched) if each.labels is not None]
+        found = [each.scored_lengths for each in counted(completions, self.scoring, self.vocab)]
+        return replace(self, inputs=replace(inputs, **dict(zip(("scored_lengths", "kl_scored_lengths"), found))))
+
+    # Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def token_logps(self, side: Side, outputs: tuple[Output, ...] = ()) -> dict[str, Tensor]:
+        """Token log-probabilities (`logps`), and the `outputs` asked for."""
+        labels, cu_seqlens = side.completions.labels, side.completions.cu_seqlens
+        if side.weight is None:
+            call = logits.TokenLogps(
+                side.values, labels, cu_seqlens, self.scoring, self.inplace_backward, self.agreed.shard
+            )
+            return {"logps": logits.token_logps(call).logps}
+        projected = self.projected(side, outputs)
+        frozen = not (self.inputs.trains["weight"] or self.inputs.trains["bias"])
+        forms = torch.is_grad_enabled() and side.values.requires_grad and frozen
+        found = linear.linear_token_logps(linear.LinearTokenLogps(projected, forms, inplace_backward=True))
+        return {name: getattr(found, name) for name in ("logps", *outputs)}
+
+    def projected(self, side: Side, outputs: tuple[Output, ...] = ()) -> linear.Projected:
+        chunking = Chunking(self.chunking.max_logits_bytes, self.chunking.long_sequences, outputs)
+        scored = side.completions
+        rows = (side.values, side.weight, side.bias, scored.labels, scored.cu_seqlens)
+        how = (self.scoring, chunking, self.inputs.dtype, self.agreed.shard)
+        return linear.Projected(*rows, *how, scored.prefix, scored.scored_lengths)
+
+    # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sequence_logps(self, side: Side) -> Tensor | None:
+        """A side's sequence log-probabilities, given or scored from the side's values; None: there is no such side."""
+        return side.logps if side.values is None else self.sums(self.token_logps(side)["logps"], side.completions)
+
+    def sums(self, token_logps: Tensor, completions: Completions) -> Tensor:
+        scored = self.scored(completions) if self.objective.average_log_prob else None
+        return sequence_sums(token_logps, scored, completions.cu_seqlens, self.ranks)
+
+    def scored(self, completions: Completions) -> Tensor:
+        return scored_targets(completions, self.scoring, self.vocab)[1]
+
+
+def agree(
+    inputs: Inputs,
+    scoring: Scoring,
+    objective: Objective,
+    chunking: Chunking,
+    ranks: Ranks,
+    vocab: int | None = None,
+    inplace_backward: bool = False,
+) -> Call:
+    """The call, after its ranks have compared what they must share; without groups there is nothing to compare."""
+    if not ranks:
+        return Call(inputs, scoring, objective, chunking, ranks, Agreed(), inplace_backward)
+    scale = scoring.scale
+    options = vars(objective) | vars(scale)
+    options |= {
+        "shift": scoring.shift,
+        "ignore_index": scoring.ignore_index,
+        "vocab": None if vocab is None else int(vocab),
+    }
+    ranks = ranks.sharing(options | {"outputs": chunking.outputs})
+    agreed = Agreed()
+    if inputs.kind != "logps":
+        completions = [each for each in (inputs.judged, inputs.mismatched) if each.labels is not None]
+        heads = {"weight": inputs.weight, "ref_weight": inputs.ref_weight}
+        shards = inputs.by_name if inputs.kind == "logits" else heads
+        counts = [each.n_sequences for each in completions]
+        layout = {"dtype": inputs.dtype} | dict(zip(("sequences", "mismatched"), counts))
+        steps = _steps(inputs, scoring, chunking, ranks)
+        size = (inputs.columns, scoring.ignore_index)
+        agreed = ranks.agree(completions, *size, steps, shards=shards, tokens=inputs.by_name, **layout)
+    return Call(inputs, scoring, objective, chunking, ranks, agreed, inplace_backward)
+
+
+def _steps(inputs: Inputs, scoring: Scoring, chunking: Chunking, ranks: Ranks) -> dict[str, Any]:
+    """Further values that the ranks of a vocabulary group must share: one backend, because the ranks' statistics are
+    merged, and from hidden states the same chunks and gradients."""
+    if ranks.vocab is None:
+        return {}
+    argument = "logits" if inputs.kind == "logits" else "hidden, weight"
+    backend = select(scoring.backend, inputs.policy.device, inputs.dtype, argument).name
+    scored = {name: None if values is None else tuple(values.shape) for name, values in inputs.by_name.items()}
+    if inputs.kind == "logits":
+        return {"backend": backend, "scored": [shape is not None for shape in scored.values()]}
+    return {
+        "backend": backend,
+        "max_logits_bytes": chunking.max_logits_bytes,
+        "long_sequences": chunking.long_sequences,
+        **{
+            f"{each.prefix}scored_lengths": None if each.scored_lengths is None else each.scored_lengths.tolist()
+            for each in (inputs.judged, inputs.mismatched)
+        },
+        "hidden": (scored.pop("hidden"), inputs.policy.dtype),
+        "scored": list(scored.values()),
+        "weight_dtype": inputs.weight.dtype,
+        "requires_grad": list(inputs.trains.values()),
+    }
+
+
+def run(call: Call) -> KTOOutput:
+    """The loss of a call."""
+    call.check_values()
+    call = call.counted()
+    inputs, ranks = call.inputs, call.ranks
+    if inputs.kind == "logits" and not ranks:
+        return _fused_from_logits(call)
+    with torch.no_grad():
+        kl_logps, ref_kl_logps = (call.sequence_logps(inputs.side(name)) for name in ("kl_", "ref_kl_"))
+        z0 = start_reference_point(inputs.kl_value, kl_logps, ref_kl_logps, inputs.policy, ranks)
+        ref_logps = call.sequence_logps(inputs.side("ref_"))  # hides the exchange of z0
+    policy, outputs = inputs.side(""), call.chunking.outputs
+    if inputs.kind == "logps":
+        return _output(call, policy.logps, ref_logps, z0())
+    trains = inputs.trains
+    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and call.objective.reduction != "none":
+        return _fused_from_hidden(call, ref_logps, z0())
+    tokens = call.token_logps(policy, outputs)
+    logps = call.sums(tokens["logps"], policy.completions)
+    return _output(call, logps, ref_logps, z0(), **tokens)
+
+
+def _fused_from_logits(call: Call) -> KTOOutput:
+    """The loss from logits, all five stages in one operator."""
+    inputs, objective, kl = call.inputs, call.objective, call.inputs.kl_value
+    call_of = logits.KTO(
+        inputs.policy, inputs.labels, inputs.cu_seqlens, inputs.desirable, inputs.ref, inputs.ref_logps,
+        kl if isinstance(kl, Tensor) else None, inputs.kl, inputs.ref_kl, inputs.kl_logps, inputs.ref_kl_logps,
+        inputs.kl_labels, inputs.kl_cu_seqlens, call.scoring, objective,
+        0.0 if kl is None or isinstance(kl, Tensor) else float(kl), call.inplace_backward,
+    )  # fmt: skip
+    found = logits.kto_forward(call_of)
+    values = (found.loss, found.logps, found.ref_logps, found.rewards, found.kl)
+    return KTOOutput(*values, inputs.desirable, found.token_logps, reduction=objective.reduction)
+
+
+def _fused_from_hidden(call: Call, ref_logps: Tensor | None, z0: Tensor) -> KTOOutput:
+    """The loss from hidden states with a trained head: the policy's stages and all gradients in one operator."""
+    inputs, outputs, context = call.inputs, call.chunking.outputs, call.ranks.context
+    side, needs = call.projected(inputs.side(""), outputs), Needs(**inputs.trains)
+    spread = (call.agreed.open_sequences, None if context is None else context.group_name)
+    of_call = linear.LinearKTO(side, inputs.desirable, ref_logps, z0, call.objective, needs, *spread)
+    found = linear.linear_kto(of_call)
+    tokens = {name: getattr(found, name) for name in ("logps", *outputs)}
+    return _output(call, found.sequence_logps, ref_logps, z0, found.loss, found.rewards, **tokens)
+
+
+def sequence_sums(logps: Tensor, scored: Tensor | None, cu_seqlens: Tensor | None, ranks: Ranks) -> Tensor:
+    """Stage 2 over all ranks of the context group: sums, or means over scored tokens with the mask `scored`."""
+    count = None if scored is None else reference.per_sequence(scored, cu_seqlens)
+    total, count = sums_over_ranks(reference.per_sequence(logps, cu_seqlens), count, ranks.context)
+    return total if count is None else reference.mean_logps(total, count)
+
+
+def start_reference_point(
+    kl: Tensor | float | None, kl_logps: Tensor | None, ref_kl_logps: Tensor | None, like: Tensor, ranks: Ranks
+) -> Callable[[], Tensor]:
+    """Starts stage 3 from the KL source given, and returns a function that finishes it: z0 () fp64, 0 without a source.
+    A number `kl` is not averaged over ranks, because it does not say over how many completions it was taken."""
+    finish = ranks.start_reference_point(kl_logps, ref_kl_logps, like)
+
+    def z0() -> Tensor:
+        found = finish()
+        if isinstance(kl, Tensor):
+            return kl.detach().double().clamp(min=0)
+        return found if kl is None else found.add(scalars.data(float(kl))).clamp(min=0)
+
+    return z0
+
+
+def _output(
+    call: Call,
+    sequence_logps: Tensor,  # (B,)
+    ref_logps: Tensor | None,  # (B,)
+    z0: Tensor,  # ()
+    loss: Tensor | None = None,  # given, with the rewards, where an operator has made it
+    rewards: Tensor | None = None,  # (B,)
+    logps: Tensor | None = None,  # labels-shaped, as are the outputs
+    **outputs: Tensor,
+) -> KTOOutput:
+    """Stages 4 and 5 in plain PyTorch."""
+    inputs, objective = call.inputs, call.objective
+    dtype = reference.compute_dtype(inputs.dtype)
+    if loss is None:
+        beta, r = scalars.data(objective.beta), reference.log_ratio(sequence_logps, ref_logps)
+        rewards = beta * r.detach()
+        losses = reference.loss(r, z0, inputs.desirable, beta, objective.weights)
+        loss = reference.reduce(losses, objective.reduction)
+    detached = sequence_logps.detach().double()
+    return KTOOutput(
+        loss=loss.to(dtype),
+        logps=detached,
+        ref_logps=torch.zeros_like(detached) if ref_logps is None else ref_logps.detach().double(),
+        rewards=rewards.to(dtype),
+        kl=z0.to(dtype),
+        desirable=inputs.desirable,
+        token_logps=None if logps is None else logps.detach(),
+        **{name: values.detach() for name, values in outputs.items()},
+        scored=call.scored(inputs.judged) if outputs else None,
+        cu_seqlens=inputs.cu_seqlens if outputs else None,
+        reduction=objective.reduction,
+    )

@@ -1,0 +1,457 @@
+"""The operators from hidden states, `torch.ops.kto_kernels.linear_*`.
+
+    linear_token_logps   hidden states → token log-probabilities; with a frozen head also the hidden states' gradient,
+                         whose rows the backward only scales (2G)
+    linear_backward      the gradients of token log-probabilities where the head is trained, from logits computed once
+                         more (4G in all)
+    linear_kto           the whole loss and the gradients of a trained head, formed in the forward (3G)
+    scale_, scale_rows_  multiply a gradient that the forward formed by the upstream gradient, in place
+
+`kto_kernels.linear.plan` explains the GEMM unit G and the chunks. Each operator is one opaque node to torch.compile,
+because the number of chunks depends on how many tokens are scored.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import reference
+from ..backends import Backend, select
+from ..backends.base import power_of_two_below
+from ..linear.coefficients import KnownCoefficients, LogpAndEntropyCoefficients, LossCoefficients
+from ..linear.head import Head, Needs, autocasts, gradient_dtype
+from ..linear.plan import LinearPlan
+from ..linear.rows import ScoredRows, scored_counts, scored_targets
+from ..linear.walk import Walk, walk
+from ..options import OUTPUTS, Chunking, Objective, Scoring
+from ..parallel.groups import VocabShard, by_name
+from ..records import Completions
+from .schema import Backward, Operator
+
+# Shared by all operators ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Hidden states, the head that makes logits of them, and the labels that score the logits."""
+
+    hidden: Tensor  # (B, T, H) or (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (B, T) or (N,)
+    cu_seqlens: Tensor | None  # (B + 1,)
+    scoring: Scoring
+    chunking: Chunking
+    dtype: torch.dtype  # the dtype that the GEMMs run in
+    shard: VocabShard | None = None
+    prefix: Literal["", "kl_"] = ""  # of the names of labels and offsets in error messages
+    scored_lengths: Tensor | None = None  # as in Completions
+
+    @property
+    def vocab(self) -> int:
+        """The number of columns of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    def backend(self) -> Backend:
+        return select(self.scoring.backend, self.hidden.device, self.dtype, "hidden, weight")
+
+    @property
+    def completions(self) -> Completions:
+        return Completions(self.labels, self.cu_seqlens, self.prefix, self.scored_lengths)
+
+    def rows(self, backend: Backend) -> ScoredRows:
+        backend.check_values(self.completions, self.vocab, self.scoring.ignore_index)
+        return ScoredRows.of(self.hidden, self.completions, self.scoring, self.weight.shape[0], self.shard)
+
+    def head(self) -> Head:
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return Head(self.weight.to(self.dtype), bias, self.scoring.scale)
+
+    def plan(self, lengths: list[int], needs: Needs, **options: Any) -> LinearPlan:
+        return LinearPlan.of(
+            lengths, *self.weight.shape, self.dtype, needs_hidden=needs.hidden, needs_weight=needs.weight,
+            needs_bias=needs.bias, weight_dtype=self.weight.dtype, hidden_rows=self.hidden.shape[:-1].numel(),
+            hidden_dtype=self.hidden.dtype, max_logits_bytes=self.chunking.max_logits_bytes, device=self.hidden.device,
+            widest=None if self.shard is None else self.shard.widest, **options,
+        )  # fmt: skip
+
+    def flops(self, needs: Needs, **options: Any) -> int:
+        """The FLOPs of the plan's GEMMs."""
+        if isinstance(self.labels, FakeTensor):  # no values to look at: every row counts
+            return self.plan([self.labels.numel()], needs, **options).flops
+        _, scored = scored_targets(self.completions, self.scoring, self.vocab)
+        return self.plan(scored_counts(scored, self.cu_seqlens).tolist(), needs, **options).flops
+
+    # Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tokens(self, walked: Walk, rows: ScoredRows) -> dict[str, Tensor]:
+        """Labels-shaped log-probabilities and outputs; an output that was not asked for is empty."""
+        found = {name: rows.scatter(values) for name, values in walked.outputs.items()}
+        missing = {name: walked.logps.new_empty(0) for name in OUTPUTS if name not in found}
+        return {"logps": rows.scatter(walked.logps)} | found | missing
+
+    def fake_tokens(self) -> dict[str, Tensor]:
+        dtype, asked = reference.compute_dtype(self.dtype), self.chunking.outputs
+        values = {name: torch.bool if name == "is_top1" and name in asked else dtype for name in OUTPUTS}
+        empty = functools.partial(torch.empty, device=self.hidden.device)
+        found = {name: empty(self.labels.shape if name in asked else 0, dtype=values[name]) for name in OUTPUTS}
+        return {"logps": empty(self.labels.shape, dtype=dtype)} | found
+
+    def fake_gradients(self, needs: Needs) -> Gradients:
+        empty = functools.partial(torch.empty, device=self.hidden.device)
+        bias = self.weight if self.bias is None else self.bias
+        return Gradients(
+            hidden=empty(self.hidden.shape if needs.hidden else 0, dtype=self.hidden.dtype),
+            weight=empty(self.weight.shape if needs.weight else 0, dtype=gradient_dtype(self.weight.dtype)),
+            bias=empty(self.weight.shape[:1] if needs.bias else 0, dtype=gradient_dtype(bias.dtype)),
+        )
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of hidden states and head, each empty where it is not needed. The head's have `gradient_dtype`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def wanted(self, needs: dict[str, bool], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor | None]:
+        """The needed gradients by name, each in the dtype of its tensor."""
+        gradients = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {name: gradient.to(dtypes[name]) for name, gradient in gradients.items() if needs[name]}
+
+
+def _without_autocast(function):
+    """The function with autocast off, so that GEMMs run in the dtype of the call."""
+
+    @functools.wraps(function)
+    def run(call):
+        if not autocasts(call.side.hidden.device.type):
+            return function(call)
+        with torch.autocast(call.side.hidden.device.type, enabled=False):
+            return function(call)
+
+    return run
+
+
+_HANDED_OVER = (
+    "kto_kernels: the gradients of linear_* are formed in the forward and handed over by the first backward; for a second "
+    "one call it again"
+)
+
+
+def _own(backward: Backward, gradient: Tensor) -> Tensor:
+    """A gradient that the forward formed, for the backward to scale in place and return: the saved tensor itself, so
+    that memory holds one copy. A graph must not change what its forward returned: it gets a clone, which the compiler
+    drops where it can."""
+    if not (backward.kept["inplace_backward"] and type(gradient) is Tensor):
+        return gradient.clone()
+    backward.spend()
+    return gradient
+
+
+# Token log-probabilities ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LinearTokenLogps:
+    """A call of `linear_token_logps`."""
+
+    side: Projected
+    gradient: bool  # whether the hidden states' gradient is formed
+    inplace_backward: bool  # whether the backward may scale the gradient formed here in place: no caller holds it
+
+
+@dataclass(frozen=True)
+class LinearTokens:
+    logps: Tensor  # labels-shaped, as are the outputs that follow
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    hidden_gradient: Tensor  # like hidden, without coefficients; empty where no gradient is formed
+
+
+@functools.partial(Operator, reads_on_the_host=True)
+@_without_autocast
+def linear_token_logps(call: LinearTokenLogps) -> LinearTokens:
+    side, needs = call.side, Needs(hidden=call.gradient)
+    backend = side.backend()
+    rows = side.rows(backend)
+    walked = walk(rows, side.head(), side.plan(rows.lengths, needs), backend, needs, side.chunking.outputs)
+    return LinearTokens(**side.tokens(walked, rows), hidden_gradient=walked.hidden)
+
+
+@linear_token_logps.fake
+def _(call: LinearTokenLogps) -> LinearTokens:
+    hidden = call.side.fake_gradients(Needs(hidden=call.gradient)).hidden
+    return LinearTokens(**call.side.fake_tokens(), hidden_gradient=hidden)
+
+
+@linear_token_logps.flops
+def _(call: LinearTokenLogps) -> int:
+    return call.side.flops(Needs(hidden=call.gradient))
+
+
+@dataclass(frozen=True)
+class LinearBackward:
+    """A call of `linear_backward`."""
+
+    grad: Tensor  # labels-shaped
+    entropy_grad: Tensor | None  # labels-shaped
+    side: Projected
+    needs: Needs
+
+
+@functools.partial(Operator, reads_on_the_host=True)
+@_without_autocast
+def linear_backward(call: LinearBackward) -> Gradients:
+    side, needs = call.side, call.needs
+    backend = side.backend()
+    rows = side.rows(backend)
+    plan = side.plan(rows.lengths, needs, known_coefficients=True)
+    grads = [None if grad is None else grad.flatten()[rows.positions] for grad in (call.grad, call.entropy_grad)]
+    divisor = None
+    if side.dtype == torch.float16:  # makes coefficients near 1, so that products with them do not underflow
+        largest = [grad.abs().amax() for grad in grads if grad is not None and len(grad)]
+        divisor = power_of_two_below(torch.stack(largest or [call.grad.new_ones(())]).amax())
+        grads = [None if grad is None else grad / divisor for grad in grads]
+    of_logps, of_entropies = grads
+    if of_entropies is None:
+        coefficients = KnownCoefficients(of_logps)
+    else:
+        coefficients = LogpAndEntropyCoefficients(of_logps, of_entropies)
+    walked = walk(rows, side.head(), plan, backend, needs, coefficients=coefficients)
+    if needs.hidden:
+        # With gradients of entropies, the rows' gradients contain their coefficients already.
+        factors = of_logps if of_entropies is None else torch.ones_like(of_logps)
+        _scale_rows_(walked.hidden, rows.scatter(factors if divisor is None else factors * divisor))
+    return Gradients(walked.hidden, *walked.head.result(side.weight, side.bias, divisor))
+
+
+@linear_backward.fake
+def _(call: LinearBackward) -> Gradients:
+    return call.side.fake_gradients(call.needs)
+
+
+@linear_backward.flops
+def _(call: LinearBackward) -> int:
+    return call.side.flops(call.needs, known_coefficients=True)
+
+
+def _save_tokens(call: LinearTokenLogps, result: LinearTokens) -> dict[str, Any]:
+    side = call.side
+    # The entropy's gradient, which few ask for, is made in the backward, from logits computed once more.
+    again = not call.gradient or "entropy" in _through(call)
+    return {
+        "formed": result.hidden_gradient if call.gradient else None,
+        "hidden": side.hidden if again else None,
+        "weight": side.weight if again else None,
+        "bias": side.bias if again else None,
+        "labels": side.labels,
+        "cu_seqlens": side.cu_seqlens,
+        "scored_lengths": side.scored_lengths if again else None,
+        "options": {
+            "scoring": side.scoring,
+            "chunking": replace(side.chunking, outputs=()),
+            "dtype": side.dtype,
+            "shard": side.shard,
+        },
+        "inplace_backward": call.inplace_backward,
+    }
+
+
+def _tokens_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    backward.unspent(_HANDED_OVER)
+    saved, numbers = backward.saved()
+    grad, entropy_grad, options = grads["logps"], grads.get("entropy"), saved["options"]
+    if saved["formed"] is not None and entropy_grad is None:
+        scoring, labels = options["scoring"], saved["labels"]
+        targets = reference.targets(labels, scoring.shift, scoring.ignore_index, saved["cu_seqlens"])
+        formed = _own(backward, saved["formed"])
+        scale_rows_(ScaleRows(formed, torch.where(targets != scoring.ignore_index, grad, 0.0)))
+        return {"hidden": formed}
+    if grad is None:
+        grad = torch.zeros_like(entropy_grad)
+    tensors = ("hidden", "weight", "bias", "labels", "cu_seqlens", "scored_lengths")
+    side = Projected(**{name: saved[name] for name in tensors}, **options)
+    needs = Needs(**{name: backward.needs[name] for name in ("hidden", "weight", "bias")})
+    gradients = linear_backward(LinearBackward(grad, entropy_grad, side, needs), numbers)
+    return gradients.wanted(backward.needs, _dtypes(side))
+
+
+def _dtypes(side: Projected) -> dict[str, torch.dtype]:
+    tensors = {"hidden": side.hidden, "weight": side.weight, "bias": side.bias}
+    return {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+
+
+# The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LinearKTO:
+    """A call of `linear_kto`."""
+
+    side: Projected
+    desirable: Tensor  # (B,) bool
+    ref_logps: Tensor | None  # (B,)
+    z0: Tensor  # ()
+    objective: Objective  # whose reduction is "mean" or "sum"
+    needs: Needs
+    open_sequences: list[bool] | None = None  # (B,) which sequences have tokens on other ranks too
+    context_group: str | None = None  # the group of these ranks, by name
+    inplace_backward: bool = True  # as in LinearTokenLogps
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    loss: Tensor  # ()
+    sequence_logps: Tensor  # (B,)
+    rewards: Tensor  # (B,) fp64
+    slopes: Tensor  # (B,) ∂loss/∂(token log-probability)
+    logps: Tensor  # labels-shaped, as are the outputs that follow
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    hidden_gradient: Tensor
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+
+
+@functools.partial(Operator, reads_on_the_host=True)
+@_without_autocast
+def linear_kto(call: LinearKTO) -> LinearLoss:
+    side, needs, objective = call.side, call.needs, call.objective
+    backend = side.backend()
+    rows = side.rows(backend)
+    long_sequences = side.chunking.long_sequences
+    plan = side.plan(rows.lengths, needs, long_sequences=long_sequences, open_sequences=call.open_sequences)
+    group = None if call.context_group is None else by_name(call.context_group)
+    coefficients = LossCoefficients(
+        backend, rows.lengths, rows.counts, call.ref_logps, call.z0, call.desirable, objective, side.dtype, group
+    )
+    walked = walk(rows, side.head(), plan, backend, needs, side.chunking.outputs, coefficients)
+    logps = coefficients.logps
+    losses, _, rewards = backend.value_stages(logps, call.ref_logps, call.z0, call.desirable, objective)
+    weight_gradient, bias_gradient = walked.head.result(side.weight, side.bias, coefficients.divisor)
+    return LinearLoss(
+        loss=reference.reduce(losses, objective.reduction).to(reference.compute_dtype(side.dtype)),
+        sequence_logps=logps,
+        rewards=rewards,
+        slopes=coefficients.slopes,
+        **side.tokens(walked, rows),
+        hidden_gradient=walked.hidden,
+        weight_gradient=weight_gradient,
+        bias_gradient=bias_gradient,
+    )
+
+
+@linear_kto.fake
+def _(call: LinearKTO) -> LinearLoss:
+    side, empty = call.side, functools.partial(torch.empty, device=call.side.hidden.device)
+    gradients = side.fake_gradients(call.needs)
+    return LinearLoss(
+        loss=empty((), dtype=reference.compute_dtype(side.dtype)),
+        sequence_logps=empty(call.desirable.shape, dtype=torch.float64),
+        rewards=empty(call.desirable.shape, dtype=torch.float64),
+        slopes=empty(call.desirable.shape, dtype=torch.float64),
+        **side.fake_tokens(),
+        hidden_gradient=gradients.hidden,
+        weight_gradient=gradients.weight,
+        bias_gradient=gradients.bias,
+    )
+
+
+@linear_kto.flops
+def _(call: LinearKTO) -> int:
+    long_sequences = call.side.chunking.long_sequences
+    return call.side.flops(call.needs, long_sequences=long_sequences, open_sequences=call.open_sequences)
+
+
+def _save_loss(call: LinearKTO, result: LinearLoss) -> dict[str, Any]:
+    return {
+        "cu_seqlens": call.side.cu_seqlens,
+        "slopes": result.slopes,
+        "hidden": result.hidden_gradient,
+        "weight": result.weight_gradient,
+        "bias": result.bias_gradient,
+        "dtypes": _dtypes(call.side),
+        "backend": call.side.scoring.backend,
+        "inplace_backward": call.inplace_backward,
+    }
+
+
+def _loss_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    backward.unspent(_HANDED_OVER)
+    saved, _ = backward.saved()
+    grad, needs, cu_seqlens = grads["loss"], backward.needs, saved["cu_seqlens"]
+    gradients = Gradients(**{name: _own(backward, saved[name]) for name in ("hidden", "weight", "bias")})
+    if needs["hidden"]:
+        # A saturated sequence (slope 0) has gradient 0, even where the upstream gradient is not finite.
+        slopes, rows = torch.where(saved["slopes"] == 0, 0.0, saved["slopes"] * grad), gradients.hidden.shape[:-1]
+        if cu_seqlens is None:
+            factors = slopes.unsqueeze(-1).expand(rows)
+        else:
+            factors = slopes.repeat_interleave(cu_seqlens.diff(), output_size=rows.numel())
+        scale_rows_(ScaleRows(gradients.hidden, factors))
+    for gradient, needed in ((gradients.weight, needs["weight"]), (gradients.bias, needs["bias"])):
+        if needed:
+            scale_(Scaling(gradient, grad, saved["backend"]))
+    return gradients.wanted(needs, saved["dtypes"])
+
+
+# Scaling by upstream gradients ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A call of `scale_`."""
+
+    tensor: Tensor  # contiguous
+    factor: Tensor  # ()
+    backend: str
+
+
+@functools.partial(Operator, mutates="tensor")
+def scale_(call: Scaling) -> None:
+    select(call.backend, call.tensor.device, call.tensor.dtype).scale_(call.tensor, call.factor)
+
+
+@dataclass(frozen=True)
+class ScaleRows:
+    """A call of `scale_rows_`."""
+
+    tensor: Tensor  # (..., H), contiguous
+    factors: Tensor  # (...)
+
+
+@functools.partial(Operator, mutates="tensor")
+def scale_rows_(call: ScaleRows) -> None:
+    _scale_rows_(call.tensor, call.factors)
+
+
+def _scale_rows_(tensor: Tensor, factors: Tensor) -> None:
+    # In parts: where dtypes differ, PyTorch copies on the CPU.
+    parts = (tensor.view(-1, tensor.shape[-1]).split(4096), factors.reshape(-1, 1).split(4096))
+    for part, factor in zip(*parts):
+        part.mul_(factor)
+
+
+scale_.fake(lambda call: None)
+scale_rows_.fake(lambda call: None)
+
+
+def _through(call: LinearTokenLogps) -> tuple[str, ...]:
+    """The differentiable results. In a vocabulary group the entropy is for logging only."""
+    entropy = "entropy" in call.side.chunking.outputs and call.side.shard is None
+    return ("logps", "entropy") if entropy else ("logps",)
+
+
+_OF = ("hidden", "weight", "bias")
+linear_token_logps.autograd(of=_OF, through=_through, save=_save_tokens, backward=_tokens_gradient)
+linear_kto.autograd(of=_OF, through=lambda call: ("loss",), save=_save_loss, backward=_loss_gradient)

@@ -1,0 +1,1 @@
+"""Losses over more than one device, on torch.distributed."""

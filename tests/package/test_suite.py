@@ -1,0 +1,23 @@
+"""`make test` leaves out cases, and no promise. Each test here speaks of all tests that its run has collected,
+which are all there are in `make test` and `make test-all`."""
+
+from kto_kernels.backends import BACKENDS
+from tests.support import harness
+from tests.support.short import CASES
+
+
+def test_the_short_run_has_a_case_of_every_test(request):
+    """Or of the test beside it that the mark `wide` names."""
+    collected = request.config.stash[CASES]
+    for name, (cases, kept) in collected.items():
+        if not kept:
+            (sibling,) = cases[0].get_closest_marker("wide").args
+            assert collected[f"{name.split('::')[0]}::{sibling}"][1], name
+
+
+def test_a_backend_that_cannot_run_on_the_gpu_is_skipped_with_its_reason(monkeypatch):
+    monkeypatch.setattr(BACKENDS["cuda"], "unavailable", lambda device: f"nobody built it for {device}")
+    monkeypatch.setattr(BACKENDS["torch"], "unavailable", lambda device: None)
+    gpu, skip = harness.on_gpu(("cuda", "cuda"))
+    assert (gpu.name, skip.name, skip.kwargs) == ("gpu", "skip", {"reason": "nobody built it for cuda"})
+    assert [mark.name for mark in harness.on_gpu(("torch", "cuda"))] == ["gpu"]
