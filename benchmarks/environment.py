@@ -1,4 +1,4 @@
-"""What a figure must carry: device, versions, commit, date."""
+"""Every figure carries where it is from: device, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import kto_kernels
 from kto_kernels.backends import cpu
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def describe(device: str) -> dict:
@@ -36,6 +37,15 @@ def versions_and_commit() -> dict:
     }
 
 
+def provenance(result: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    where = "compiled, not run"
+    if "device" in result:
+        driver = f", driver {result['driver']}" if result.get("driver") else ""
+        where = f"{result['device']}{driver}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    return f"{where}; {versions}; commit {result['commit']}; {result['date']}"
+
+
 def _device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -51,7 +61,7 @@ def _device(device: str) -> str:
 
 
 def _driver(device: str) -> str | None:
-    """Of the GPU, and the CUDA that torch was built with."""
+    """The version of the GPU's driver, and the CUDA that torch was built with."""
     if device != "cuda":
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

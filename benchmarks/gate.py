@@ -79,7 +79,7 @@ def hold(errors: dict[str, Errors], naive: Errors, mine: Iterable[str], slack: f
     """Stops the run where an error of one of `mine` is larger than naive PyTorch's times `slack`.
 
     The loss is one number, which naive PyTorch may hit by luck: what chance makes of errors like those of its token
-    log-probabilities is allowed besides. Those are many, and the sharper test."""
+    log-probabilities is allowed besides. The log-probabilities are many, and the sharper test."""
     chance = CHANCE * spread * naive.get(LOGPS, 0.0) + torch.finfo(torch.float32).eps
     for name in mine:
         for what, error in errors[name].items():

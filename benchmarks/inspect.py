@@ -1,19 +1,21 @@
 """Compiles every variant of the Triton kernels to machine code, without a GPU, and reads what became of it: registers,
-shared memory, spills, and how wide the loads are.
+shared memory, spills, how wide the loads are, and how many instructions a logit and a row take (`sass`).
 
-    python -m benchmarks inspect [--json FILE] [--arch sm_90 ...] [--no-amd]
+    python -m benchmarks inspect [--json FILE] [--arch sm_90 ...] [--no-amd] [--no-cuda] [--old CHECKOUT]
 
 The launchers themselves say what to compile: they are called with a few rows on the CPU and stopped short of the
-launch, so that block sizes, flags and compiler options are those of a real call.
+launch, so that block sizes, flags and compiler options are those of a real call. `nvcc` has the CUDA C++ kernels;
+`roofline` makes times of the counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import re
-import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,8 +25,12 @@ from unittest import mock
 
 import torch
 
-from kto_kernels.backends import triton as launchers
-from kto_kernels.rows import OUTPUTS, LossOptions, Rows, Scale, Sequences
+from kto_kernels.backends.triton import launch as launchers
+from kto_kernels.options import OUTPUTS, Objective, Scale
+from kto_kernels.records import Closing, Rows, Side
+
+from . import nvcc, sass
+from .measure import in_fresh_process
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
@@ -50,13 +56,19 @@ _BACKWARD = {
     "loss, packed, shift": (_PACKED_SHIFTED, True, None),
     "tokens, packed, softcap": (_PACKED, False, 30.0),
 }
-_CHUNK = {  # (gradient, outputs, softcap)
-    "scores": (False, (), None),
-    "scores, gradient": (True, (), None),
-    "all outputs, gradient": (True, OUTPUTS, None),
-    "all outputs, gradient, softcap": (True, OUTPUTS, 30.0),
+_CHUNK = {  # (gradient, outputs, softcap, programs on a multiprocessor)
+    "scores": (False, (), None, 1),
+    "scores, gradient": (True, (), None, 1),
+    "scores, gradient, short rows": (True, (), None, 4),
+    "all outputs, gradient": (True, OUTPUTS, None, 1),
+    "all outputs, gradient, softcap": (True, OUTPUTS, 30.0, 1),
 }
 _SCALE = {"in place": ()}
+_SEQUENCES = {  # (sums given, average, divisor)
+    "sums": (False, False, False),
+    "average, divisor": (False, True, True),
+    "given, average, divisor": (True, True, True),
+}
 
 
 def _rows(layout, dtype: torch.dtype) -> Rows:
@@ -72,8 +84,8 @@ def _token_logps(dtype, layout, softcap):
 
 def _forward(dtype, layout, sides, average, reduction, softcap):
     rows, desirable = _rows(layout, dtype), torch.ones(2, dtype=torch.bool)
-    side = {"none": Sequences(), "logps": Sequences(None, torch.zeros(2)), "logits": Sequences(rows)}[sides]
-    options = LossOptions(0.1, 1.0, 1.0, average, reduction)
+    side = {"none": Side(), "logps": Side(None, torch.zeros(2)), "logits": Side(rows)}[sides]
+    options = Objective(0.1, 1.0, 1.0, average, reduction)
     backend = launchers.TritonBackend()
     backend.kto_forward(rows, Scale(1.0, softcap, 1.0), desirable, side, 0.0, side, side, options)
 
@@ -88,13 +100,34 @@ def _backward(dtype, layout, of_loss, softcap):
     )
 
 
-def _chunk(dtype, gradient, outputs, softcap):
+def _chunk(dtype, gradient, outputs, softcap, programs):
     logits, labels = torch.zeros(2, 8, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    launchers.TritonBackend().score_chunk(logits, labels, Scale(1.0, softcap, 1.0), gradient, outputs)
+    with mock.patch.object(launchers, "chunk_threads", lambda *_: launchers.CHUNK_THREADS // programs, create=True):
+        launchers.TritonBackend().score_chunk(logits, labels, Scale(1.0, softcap, 1.0), gradient, outputs)
 
 
 def _scale(dtype):
     launchers.TritonBackend().scale_(torch.ones(8, dtype=dtype), torch.ones(()))
+
+
+def _sequences(dtype, given, average, divisor):
+    numbers, lengths = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64)
+    closing = Closing(
+        token_logps=torch.zeros(2),
+        rows=(0, 2),
+        offsets=torch.arange(3),
+        sums=numbers if given else None,
+        lengths=lengths,
+        counts=lengths.double() if given else None,
+        ref_logps=numbers.to(dtype),
+        z0=numbers[0],
+        desirable=lengths > 0,
+        batch=2,
+        logps=numbers,
+        slopes=numbers,
+        divisor=numbers[0] if divisor else None,
+    )
+    launchers.TritonBackend().close_sequences(closing, Objective(0.1, 1.0, 1.0, average, "mean"))
 
 
 _TABLES = (
@@ -103,6 +136,7 @@ _TABLES = (
     (_backward, _BACKWARD),
     (_chunk, _CHUNK),
     (_scale, _SCALE),
+    (_sequences, _SEQUENCES),
 )
 
 
@@ -123,8 +157,8 @@ def inspect(architectures=ARCHITECTURES, amd: bool = True) -> list[dict]:
     """Compiles all variants for `architectures` (NVIDIA) and, with `amd`, for gfx942.
 
     Returns:
-        One dict a variant and target: kernel, variant, target, registers, shared (bytes), spills (bytes), loads and
-        stores (bits of one access → how many such instructions).
+        One dict a variant and target: kernel, variant, target, threads of a program, registers, shared (bytes), spills
+        (bytes), loads and (bits of one access → how many such instructions); on NVIDIA also what `sass.read` counts.
 
     Raises:
         RuntimeError: Triton is missing, or its interpreter is on, under which nothing can be compiled.
@@ -158,32 +192,24 @@ def _compile(index: int, target: str) -> dict:
     gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)
     options = launchers.options(hip, gpu.warp_size, arguments["THREADS"])
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=gpu, options=options)
-    read = _read_amd if hip else _read_nvidia
+    itemsize = next(dtype.itemsize for dtype in DTYPES if name.endswith(str(dtype).removeprefix("torch.")))
     return {
         "kernel": kernel.__name__.removesuffix("_kernel"),
         "variant": name,
         "target": target,
+        "threads": arguments["THREADS"],
+        **(_read_amd(compiled.asm) if hip else _read_nvidia(compiled.asm, itemsize)),
         "shared": compiled.metadata.shared,
-        **read(compiled.asm),
     }
 
 
-def _tool(name: str) -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
-def _read_nvidia(asm) -> dict:
+def _read_nvidia(asm, itemsize: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        (found,) = sass.of_cubin(Path(file.name), lambda _: itemsize).values()
     return {
-        "registers": counts["REG"],
-        "spills": counts["STACK"] + counts["LOCAL"],
+        **found,
         "loads": _widths(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", asm["ptx"]),
         "stores": _widths(r"\bst\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", asm["ptx"]),
     }
@@ -214,25 +240,59 @@ def _read_amd(asm) -> dict:
     }
 
 
-def table(results: list[dict]) -> tuple[str, list[list[str]]]:
-    """(title, rows, the first of them the head), of every variant and target."""
+def of_checkout(checkout: Path, architectures, cuda: bool) -> list[dict]:
+    """What `inspect` finds, and nvcc with `cuda`, of the package and the CUDA sources in another checkout.
+
+    Raises:
+        SystemExit: they are not there, or their launchers are not those that this file calls.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (Path(__file__).parent, checkout.resolve() / "kto_kernels", checkout.resolve() / "csrc"):
+            if not path.is_dir():
+                raise SystemExit(f"--old: {path} is not there")
+            (Path(folder) / path.name).symlink_to(path, target_is_directory=True)
+        return in_fresh_process("benchmarks.inspect", [*architectures, *(["cuda"] * cuda)], root=Path(folder))
+
+
+def _a_logit(case: dict, loop: str) -> str:
+    return "" if case.get(loop) is None else f"{case[loop]['a logit']:.2f}"
+
+
+def table(results: list[dict], old: list[dict] | None = None) -> tuple[str, list[list[str]]]:
+    """(title, rows, the first of them the head), of every variant and target; with `old`, "before → now" in each cell
+    that differs."""
 
     def widths(counts: dict[str, int]) -> str:
         return " ".join(f"{bits}×{counts[bits]}" for bits in sorted(counts, key=int, reverse=True))
 
-    rows = [
-        ["kernel", "variant", "target", "registers", "shared, bytes", "spills, bytes", "loads, bits×count", "stores"]
-    ]
+    def cells(case: dict) -> list[str]:
+        numbers = [str(case[name]) for name in ("registers", "shared", "spills")]
+        fp64 = "" if "fp64" not in case else str(case["fp64"])
+        loops = (_a_logit(case, "fold"), _a_logit(case, "write"))
+        return [*loops, fp64, *numbers, widths(case["loads"]), widths(case["stores"])]
+
+    head = ["kernel", "variant", "target", "a logit: fold", "write", "FP64 a row"]
+    rows = [[*head, "registers", "shared, bytes", "spills, bytes", "loads, bits×count", "stores"]]
+    before = {tuple(case[name] for name in ("kernel", "variant", "target")): cells(case) for case in old or ()}
     for case in results:
-        numbers = (str(case[name]) for name in ("registers", "shared", "spills"))
         names = (case["kernel"], case["variant"], case["target"])
-        rows.append([*names, *numbers, widths(case["loads"]), widths(case["stores"])])
-    return "The Triton kernels as machine code", rows
+        found = cells(case)
+        was = before.get(names, found)
+        rows.append([*names, *(a if a == b else f"{a} → {b}" for a, b in zip(was, found))])
+    return "The GPU kernels as machine code: instructions a logit, FP64 instructions a row", rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="NVIDIA architectures (default: %(default)s)")
     parser.add_argument("--no-amd", action="store_true", help=f"leave out {AMD}")
+    parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA C++ kernels, which nvcc compiles")
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="show another checkout's kernels beside these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="results file (default: benchmarks/results/inspect.json)"
     )
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    targets = [name for name in asked if name != "cuda"]
+    print(json.dumps(inspect(targets, amd=False) + (nvcc.inspect(targets, Path.cwd()) if "cuda" in asked else [])))

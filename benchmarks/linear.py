@@ -8,6 +8,7 @@ alone, unchunked, into buffers that are there.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -19,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kto_kernels import reference
-from kto_kernels.plan import LinearPlan
+from kto_kernels import LinearPlan, reference
 
 from . import gate
+from .benchmark import Benchmark, Shapes, plan
 from .linear_peers import IGNORED, PEERS, LinearBatch, LossOf, naive, naive_scored, ours
 from .linear_peers import SCORED as NAIVE_SCORED
 from .measure import (
@@ -38,6 +39,7 @@ from .measure import (
 )
 from .peers import NAIVE
 from .selection import Setting, present, worth_timing
+from .session import Session
 from .shapes import MODELS, Job, Shape, of_model
 
 DTYPES_BY_DEFAULT = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
@@ -62,7 +64,7 @@ LOGPS = gate.LOGPS
 QUICK = Shape(128, 128, 8192)
 REPEATS = 5
 CAP = {"cpu": 20.0, "cuda": None}
-# Of the gradients. In 16 bits autograd rounds the logits' gradient and the product. Ours also rounds the hidden states
+# How much larger our gradients' errors may be than naive PyTorch's. In 16 bits autograd rounds the logits' gradient and the product. Ours also rounds the hidden states
 # that a sequence's coefficient went over (or the product before it): three roundings instead of two.
 SLACK = {"fp32": 1.001, "bf16": 1.5**0.5, "fp16": 1.5**0.5}
 FP64_ROWS, FP64_WORDS = 256, 8192  # at a time
@@ -136,7 +138,7 @@ class Truth:
         logps, ref_logps = token_logps(batch.hidden, batch.weight), token_logps(batch.ref_hidden, batch.ref_weight)
         self.log_ratios = logps.new_zeros(len(scored)).index_add_(0, sequence, logps - ref_logps)
         loss, slopes = gate.true_loss_and_slopes(self.log_ratios, batch.desirable)
-        # Of the loss, where the errors of all tokens' log-probabilities, the reference's too, are 1 of either sign.
+        # The spread of the loss where the errors of all tokens' log-probabilities, the reference's too, are 1 of either sign.
         self.spread = (2 * slopes[sequence].square().sum()).sqrt().item()
         hidden = batch.hidden[scored]
         of_hidden = torch.zeros_like(hidden, dtype=torch.float64)
@@ -342,6 +344,41 @@ def _by_name(variant: str, setting: Setting) -> LossOf:
         if peer.name == variant:
             return peer.make(setting)
     return ours(variant.removeprefix(name_of("")), setting.shape.budget)
+
+
+# The command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
+
+
+def measure(session: Session) -> None:
+    args = session.args
+    heads = [FROZEN] if args.frozen else HEADS[args.device]
+    for job, dtype, options, repeats, absent in plan(args):
+        for head in heads:
+            tick = session.task(f"{job.shape}, {head}, {dtype}", repeats + 2)
+            case = run(job.shape, dtype, head, repeats, tick, **options)
+            case["absent"] |= absent
+            if args.device == "cpu":
+                _, *timed = case["seconds"]
+                found = {name: point(name, job.shape, dtype, head) for name in timed}
+                case["peak extra bytes"] = {name: point["peak extra bytes"] for name, point in found.items()}
+            tick()
+            session.add(case)
+
+
+BENCHMARK = Benchmark(
+    "linear",
+    "the loss from hidden states, heads of real models (CPU 9 min, GPU 3 min)",
+    measure,
+    dtypes=tuple(DTYPES),
+    peers=PEERS,
+    cap=CAP,
+    shapes=Shapes(jobs, QUICK, DTYPES_BY_DEFAULT, BASE, SCORED, REPEATS),
+    options=options,
+)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _liger(setting: Setting) -> LossOf:
 
 
 def _flat(nll_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOf:
-    """Of a function of rows that returns a negative log-likelihood for each, 0 where a row is ignored."""
+    """A peer from a function of rows that returns a negative log-likelihood for each, 0 where a row is ignored."""
 
     def token_logps_of(batch: LinearBatch, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -nll_of(hidden.flatten(0, 1), weight, labels.flatten()).view_as(labels)

@@ -17,9 +17,11 @@ from torch import Tensor
 from kto_kernels import kto_loss, reference
 
 from . import gate
+from .benchmark import Benchmark, Shapes, plan
 from .measure import DTYPES, Failed, Timed, as_graph, clock_of, in_fresh_process, interleaved, peak_extra_bytes, reason
 from .peers import NAIVE, PEERS, Batch, LossOf, naive, ours
 from .selection import Setting, present, worth_timing
+from .session import Session
 from .shapes import SEQUENCES, Job, Shape, sweep
 
 DTYPES_BY_DEFAULT = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16")}
@@ -41,9 +43,11 @@ QUICK = Shape(64, 0, 4096)
 REPEATS = 15
 CAP = {"cpu": 20.0, "cuda": None}
 GRAPH_ROWS = 64  # up to here a call is shorter than the time that Python takes to launch it
-# What reads the logits once and does nothing else: the yardstick of a pass.
+# The yardstick of a pass reads the logits once and does nothing else.
 YARDSTICK = {"cpu": "logits.sum()", "cuda": "copy"}
 FORWARD, FRESH, INPLACE = "forward only", "forward + backward", "forward + in-place backward"
+# Passes over the logits that each needs at least: reads and writes.
+PASSES = {FORWARD: 1, FRESH: 3, INPLACE: 3}
 
 
 def make_batch(n: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
@@ -177,7 +181,7 @@ def run(
 
 
 def memory_variants(device: str, backends: tuple[str, ...] | None = None) -> list[str]:
-    """What the memory of one step is measured of."""
+    """The variants whose memory is measured, over one step."""
     backends = worth_timing(device) if backends is None else backends
     mine = [f"kto_loss, {backend}, {mode}" for backend in backends for mode in (INPLACE, FRESH)]
     return [f"{NAIVE}, {FRESH}", *mine]
@@ -200,6 +204,40 @@ def _memory(variant: str, n: int, vocab: int, dtype: str, device: str) -> int:
     with_gradient(loss_of, small, produced(small.logits))  # code and thread stacks are loaded before the measurement
     logits = produced(batch.logits)
     return peak_extra_bytes(lambda: with_gradient(loss_of, batch, logits), device)
+
+
+# The command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NARROW = Shape(2**20, 0, 8)  # a shape whose O(N) memory is seen beside the rest
+
+
+def measure(session: Session) -> None:
+    args = session.args
+    inplace = [f"kto_loss, {backend}, {INPLACE}" for backend in args.backend[:1]]
+    if inplace and not (args.quick or args.shapes):
+        size = memory(inplace[0], NARROW, "fp32", args.device)
+        session.result["in-place bytes per token"] = {"N": NARROW.scored, "V": NARROW.vocab, "bytes": size}
+    for job, dtype, options, repeats, absent in plan(args):
+        variants = memory_variants(args.device, args.backend) if job.memory else []
+        tick = session.task(f"{job.shape}, {dtype}", repeats + 1 + len(variants))
+        case = run(job.shape, dtype, repeats, tick, **options)
+        case["absent"] |= absent
+        case["peak extra bytes"] = {}
+        for variant in variants:
+            case["peak extra bytes"][variant] = memory(variant, job.shape, dtype, args.device)
+            tick()
+        session.add(case)
+
+
+BENCHMARK = Benchmark(
+    "logits",
+    "the loss from logits, N large and a sweep of N (CPU 2 min, GPU 1 min)",
+    measure,
+    dtypes=tuple(DTYPES),
+    peers=PEERS,
+    cap=CAP,
+    shapes=Shapes(jobs, QUICK, DTYPES_BY_DEFAULT, BASE, SCORED, REPEATS, hidden=False),
+)
 
 
 if __name__ == "__main__":

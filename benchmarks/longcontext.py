@@ -8,13 +8,16 @@ spare. The gate is that of `linear`, on the shortest sequence.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
+from .benchmark import Benchmark
 from .ceilings import GEMM
 from .linear import TRAINED, gated, make_batch, name_of, plan_of, point, variants_of
 from .linear_peers import PEERS
 from .measure import DTYPES, available_memory
 from .selection import Setting, worth_timing
+from .session import Session
 from .shapes import Shape
 
 HEAD = {"cpu": Shape(0, 64, 32768), "cuda": Shape(0, 4096, 128256)}  # H and V
@@ -90,3 +93,44 @@ def run(
                 }
             }
         )
+
+
+# The command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tokens", type=int, nargs="+", help="lengths, prompt and all (default: 1024 … 1048576)")
+    command.add_argument("--repeats", type=int, default=REPEATS, help="default: %(default)s")
+
+
+def measure(session: Session) -> None:
+    args = session.args
+    head, lengths = (QUICK_HEAD, QUICK_TOKENS) if args.quick else (HEAD[args.device], TOKENS)
+    lengths = tuple(args.tokens or lengths)
+    chosen = DEFAULT_PEERS[args.device] if args.peers is None else args.peers
+    for dtype in args.dtype or (DTYPE[args.device],):
+        tick = session.task(f"{dtype}", len(lengths) * (len(chosen) + len(args.backend)))
+        run(
+            head,
+            lengths,
+            dtype,
+            args.repeats,
+            session.result["ceilings"],
+            session.add,
+            tick,
+            args.device,
+            chosen,
+            args.backend,
+            args.cap or CAP[args.device],
+        )
+
+
+BENCHMARK = Benchmark(
+    "longcontext",
+    "1k to 1M tokens until a peer fails (CPU 7 min, GPU 2 min)",
+    measure,
+    dtypes=tuple(DTYPES),
+    peers=PEERS,
+    cap=CAP,
+    options=options,
+)

@@ -32,8 +32,8 @@ class Timed:
 def interleaved(runs: dict[str, Timed], repeats: int, clock: Callable[[Callable], float], tick: Callable) -> dict:
     """Times each in turn, A B C A B C …, so that all see the same drift of the machine. One round is a warm-up.
 
-    Returns name → {"low", "median", "high"} in seconds; low and high are the quartiles. What runs out of memory is left
-    out.
+    Returns name → {"low", "median", "high"} in seconds; low and high are the quartiles. A variant that runs out of memory
+    is left out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
@@ -59,16 +59,18 @@ def quartiles(values: list[float]) -> dict:
 
 
 class CpuClock:
-    """Wall time. Overwriting a buffer larger than the caches first empties them."""
+    """Wall time, or what `now` says instead. Overwriting a buffer larger than the caches first empties them."""
+
+    now = staticmethod(time.perf_counter)
 
     def __init__(self, flush: bool = True) -> None:
         self.flush = torch.empty(2**28 if flush else 0, dtype=torch.int8)
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.flush.zero_()
-        start = time.perf_counter()
+        start = self.now()
         result = run()
-        elapsed = time.perf_counter() - start
+        elapsed = self.now() - start
         del result
         return elapsed
 
@@ -126,22 +128,22 @@ class Failed(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What a results file says of an error: its kind where the text does not say it, and the first line."""
+    """The words of a results file for an error: its kind where the text does not say it, and the first line."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:200]
 
 
-def in_fresh_process(module: str, call: dict, timeout: float | None = None) -> dict:
-    """Runs `python -m module CALL`, both as JSON, and reads the value that it prints last.
+def in_fresh_process(module: str, call: dict, timeout: float | None = None, root: Path = ROOT) -> dict:
+    """Runs `python -m module CALL` in the checkout `root`, the call as JSON, and reads the value that it prints last.
 
     Raises:
         Failed: the process ended otherwise, or took longer than `timeout` seconds.
     """
     command = [sys.executable, "-m", module, json.dumps(call)]
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise Failed(f"over the cap of {timeout:.0f} s") from None
     if run.returncode != 0:

@@ -7,16 +7,18 @@ is a result. The gate is that of `linear`, on a small shape.
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable
 
-from .linear import HEADS, QUICK, TRAINED, gated, make_batch, plan_of, point, variants_of
+from .benchmark import Benchmark, Shapes, plan
+from .linear import FROZEN, QUICK, TRAINED, gated, make_batch, plan_of, point, variants_of
 from .linear_peers import PEERS
 from .measure import DTYPES, available_memory
 from .selection import Setting, worth_timing
+from .session import Session
 from .shapes import MODELS, Job, Shape, of_model, sweep
 
-__all__ = ["HEADS", "PEERS", "QUICK"]
 DTYPES_BY_DEFAULT = {"cpu": ("bf16",), "cuda": ("bf16",)}
 BASE = {"cpu": of_model("smollm2", 1024), "cuda": of_model("llama-3-8b", 8192)}
 SCORED = {"cpu": 256, "cuda": 8192}
@@ -92,3 +94,33 @@ def run(
         "failed": failed,
         "plan": {"text": repr(plan), "peak bytes": plan.peak_bytes},
     }
+
+
+# The command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--frozen", action="store_true", help="the head takes no gradient")
+
+
+def measure(session: Session) -> None:
+    args = session.args
+    head = FROZEN if args.frozen else TRAINED
+    for job, dtype, options, repeats, absent in plan(args):
+        total = len(options["peers"]) + len(args.backend)
+        label = f"{job.shape}" + (f", {job.shape.sweep}" if job.shape.sweep else "")
+        case = run(job.shape, dtype, head, repeats, session.task(f"{label}, {dtype}", total), **options)
+        case["failed"] |= absent
+        session.add(case)
+
+
+BENCHMARK = Benchmark(
+    "memory",
+    "peak memory over N, V, H and the budget of ours (CPU 4 min, GPU 1 min)",
+    measure,
+    dtypes=tuple(DTYPES),
+    peers=PEERS,
+    cap=CAP,
+    shapes=Shapes(jobs, QUICK, DTYPES_BY_DEFAULT, BASE, SCORED, REPEATS),
+    options=options,
+)

@@ -1,6 +1,6 @@
 """The loss from logits, each way behind one signature: `loss_of(batch, logits) → 0-d loss`, differentiable.
 
-What surrounds the token log-probabilities is the same for all: sequence sums, the KTO formula, the mean.
+Around the token log-probabilities everything is the same for all: sequence sums, the KTO formula, the mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAIVE = "naive PyTorch"
 
 
 def kto_from_token_logps(token_logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
-    """What trainers write after the seam."""
+    """The loss from token log-probabilities, as trainers write it."""
     margin = BETA * (token_logps.float().sum(-1) - ref_logps - KL)
     return (1 - torch.sigmoid(torch.where(desirable, margin, -margin))).mean().float()
 

@@ -29,9 +29,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import Bbox
 
 from . import step
-from .logits import FORWARD, FRESH, INPLACE
+from .environment import RESULTS, provenance
+from .logits import FORWARD, FRESH, INPLACE, PASSES
 from .measure import DTYPES
-from .report import PASSES, RESULTS, provenance
 
 INK, MUTED, FAINT = "#1c1c1c", "#5f5f5f", "#dedede"
 STYLE = {
@@ -61,6 +61,7 @@ STYLE = {
     "svg.hashsalt": "kto_kernels",  # the same results, the same bytes
 }
 WIDTH = 9.0  # inches
+SMALL = 7.2  # points: 9 pixels where a page of 830 pixels shows the picture
 CUT = 8  # times the floor: longer bars would leave no room for the others
 CROSS = 10.0  # points, where a line ends too early
 
@@ -111,8 +112,8 @@ LOOKS = {
 }
 OTHER = Look(INK, "h", LONG)
 GUIDE = {"color": INK, "linewidth": 0.8, "linestyle": DASH, "zorder": 5}  # what is not a variant: a ceiling, a plan
-LOSS_SHADES = (BLUE, "#8fb4e3")  # the parts of a step: of the loss, and the others
-SHADES = ("#b4bdc8", "#dfe3e8", "#cdbb96", "#ece3d3", "#a3a3a3", "#cbbfd2")
+LOSS_SHADES = (BLUE, "#8fb4e3")  # the parts of a step: of the loss, and grey for the others
+SHADES = ("#bdbdbd", "#dedede", "#cacaca", "#8f8f8f", "#ebebeb", "#a6a6a6")
 
 
 def look(name: str) -> Look:
@@ -214,13 +215,13 @@ class Picture:
         result: dict,
         panels: int,
         columns: int = 1,
-        height: float = 2.2,
-        shared_names: bool = False,  # of rows: only the panels of the first column bear them
+        heights: float | Sequence[float] = 2.2,  # of every panel, or of each
     ):
         self.figure = Figure(figsize=(WIDTH, WIDTH))
         FigureCanvasAgg(self.figure)
         self.title, self.subtitle, self.source = title, subtitle, provenance(result)
-        self.columns, self.height, self.shared_names = min(columns, panels), height, shared_names
+        self.columns = min(columns, panels)
+        self.heights = [heights] * panels if isinstance(heights, float) else list(heights)
         # For now as narrow as a panel may become: what stands beside it is measured first.
         self.panels = [self.figure.add_axes((0.2, 0.2, 0.2, 0.2), label=str(i)) for i in range(panels)]
 
@@ -233,35 +234,33 @@ class Picture:
         for axes in self.panels:
             frame = axes.get_window_extent(renderer)
             labels = [label.get_window_extent(renderer).x0 for label in axes.get_yticklabels()]
-            left = max(left, *(frame.x0 - x for x in labels))
-            right = max(right, *(box_of(text, renderer).x1 - frame.x1 for text in axes.texts))
+            left = max([left, *(frame.x0 - x for x in labels)])
+            right = max([right, *(box_of(text, renderer).x1 - frame.x1 for text in axes.texts)])
         left, right = left / 72 + 0.2, right / 72 + 0.16
-        height = max(self.height, *(sum(heights[name] for name in column) / 72 for column in names.values()))
+        least = max(sum(heights[name] for name in column) / 72 for column in names.values())
+        panel_heights = [max(height, least) for height in self.heights]
+        rows = [max(panel_heights[i : i + self.columns]) for i in range(0, len(panel_heights), self.columns)]
 
-        head, foot = textwrap.wrap(self.subtitle, 148), textwrap.wrap(self.source + ".", 190, break_on_hyphens=False)
-        rows = -(-len(self.panels) // self.columns)
+        head, foot = textwrap.wrap(self.subtitle, 148), textwrap.wrap(self.source + ".", 165, break_on_hyphens=False)
         title_lines = max(axes.get_title().count("\n") for axes in self.panels)
         gap, first_gap = gap + 0.15 * title_lines, first_gap + 0.15 * title_lines
         above, below = 0.38 + 0.16 * len(head), 0.6 + 0.12 * len(foot)
-        total = above + first_gap + rows * height + (rows - 1) * (gap + 0.1) + below
+        total = above + first_gap + sum(rows) + (len(rows) - 1) * (gap + 0.1) + below
         self.figure.set_size_inches(WIDTH, total)
-        margin = left if self.shared_names else 0.0  # of the page, beside those of the panels
-        left -= margin
-        column_width = (WIDTH - margin) / self.columns
+        column_width = WIDTH / self.columns
         width = column_width - left - right
-        for i, axes in enumerate(self.panels):
+        for i, (axes, height) in enumerate(zip(self.panels, panel_heights)):
             row, column = divmod(i, self.columns)
-            bottom = total - above - first_gap - (row + 1) * height - row * (gap + 0.1)
-            x = margin + column * column_width + left
+            bottom = total - above - first_gap - sum(rows[:row]) - row * (gap + 0.1) - height
+            x = column * column_width + left
             axes.set_position((x / WIDTH, bottom / total, width / WIDTH, height / total))
-            axes.title.set(x=(0.0 if self.shared_names else 0.16 - left) / width, ha="left")
-            axes.tick_params(labelleft=not self.shared_names or column == 0)
+            axes.title.set(x=(0.16 - left) / width, ha="left")
             place(names[axes], heights, 72 * (x + width), 72 * bottom, 72 * (bottom + height))
         edge = 0.16 / WIDTH
         write = self.figure.text
         write(edge, 1 - 0.14 / total, self.title, va="top", fontsize=11, fontweight="bold")
         write(edge, 1 - 0.37 / total, "\n".join(head), va="top", color=MUTED)
-        write(edge, 0.1 / total, "\n".join(foot), va="bottom", fontsize=6.5, color=MUTED)
+        write(edge, 0.1 / total, "\n".join(foot), va="bottom", fontsize=SMALL, color=MUTED)
         return self.figure
 
 
@@ -332,20 +331,18 @@ def curve(axes: Axes, points: Sequence[tuple[float, float]], name: str, label: s
     return line
 
 
-def bars(axes: Axes, names: Sequence[str], values: dict[str, tuple[float, str]], end: float) -> BarContainer:
-    """A row for each name, with a horizontal bar where there is (length, what stands at its end); one longer than the axis
-    stops there and says so."""
-    rows = [row for row, name in enumerate(names) if name in values]
-    looks = {name: look(name) for name in names}
-    lengths = [min(values[names[row]][0], end) for row in rows]
-    drawn = axes.barh(rows, lengths, height=0.68, color=[looks[names[row]].color for row in rows])
-    for bar, row, shown in zip(drawn, rows, lengths):
-        length, text = values[names[row]]
-        bar.set_alpha(1.0 if looks[names[row]].ours else 0.45)
-        bar_text(axes, shown, row, f"» {text}" if length > end else text, names[row])
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, end))
-    axes.set_yticks(range(len(names)), [wrapped(name, 31) for name in names], linespacing=0.95)
-    for tick, name in zip(axes.get_yticklabels(), names):
+def bars(axes: Axes, values: dict[str, tuple[float, str]], end: float) -> BarContainer:
+    """For each name a horizontal bar, of (length, what stands at its end); one longer than the axis stops there and says
+    so."""
+    looks = {name: look(name) for name in values}
+    lengths = [min(length, end) for length, _ in values.values()]
+    drawn = axes.barh(range(len(values)), lengths, height=0.68, color=[looks[name].color for name in values])
+    for row, (bar, (name, (length, text))) in enumerate(zip(drawn, values.items())):
+        bar.set_alpha(1.0 if looks[name].ours else 0.45)
+        bar_text(axes, lengths[row], row, f"» {text}" if length > end else text, name)
+    axes.set(ylim=(len(values) - 0.4, -0.6), xlim=(0, end))
+    axes.set_yticks(range(len(values)), [wrapped(name, 32) for name in values], linespacing=0.95)
+    for tick, name in zip(axes.get_yticklabels(), values):
         tick.set(**looks[name].text)
     return drawn
 
@@ -356,22 +353,34 @@ def bar_text(axes: Axes, x: float, y: float, text: str, name: str) -> None:
     axes.annotate(text, (x, y), **offset, bbox=card, zorder=6, **look(name).text)
 
 
-def bar_picture(title: str, subtitle: str, result: dict, cases: list[dict], values: list[dict]) -> tuple:
-    """A picture with a panel for each case, and the names that its rows are for."""
-    names = list(dict.fromkeys(name for variants in values for name in variants))
-    columns = min(3, len(cases))
-    picture = Picture(title, subtitle, result, len(cases), columns, 0.29 * len(names), shared_names=True)
+def bar_picture(title: str, subtitle: str, result: dict, cases: list[dict], values: list[dict]) -> Picture:
+    """A picture with a panel for each case, of its variants alone, in one order; the subtitle says who is not in all."""
+    everyone = list(dict.fromkeys(name for variants in values for name in variants))
+    for variants in values:
+        for name in everyone:  # each is taken out and put at the end
+            if name in variants:
+                variants[name] = variants.pop(name)
+    subtitle = " ".join([subtitle, *not_run(everyone, cases, values)])
+    picture = Picture(title, subtitle, result, len(cases), columns=2, heights=[0.29 * len(shown) for shown in values])
     for axes, case in zip(picture.panels, cases):
-        width = (48, 48, 34)[columns - 1]
-        axes.set_title("\n".join(wrapped(line, width) for line in shape_of(case).split("\n")))
-    return picture, names
+        axes.set_title("\n".join(wrapped(line, 48) for line in shape_of(case).split("\n")))
+    return picture
+
+
+def not_run(everyone: Iterable[str], cases: list[dict], values: list[dict]) -> list[str]:
+    """A sentence for each set of shapes that some of these were not run on."""
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for name in everyone:
+        where = dict.fromkeys(shape_of(case).split("\n")[0] for case, shown in zip(cases, values) if name not in shown)
+        missing.setdefault(tuple(where), []).append(name)
+    return [f"Not run on {'; '.join(where)}: {'; '.join(names)}." for where, names in missing.items() if where]
 
 
 # One function for each kind of results: what a file's name ends in → picture ──────────────────────────────────────────
 
 
 def logits_pictures(result: dict) -> dict[str, Figure]:
-    """Bandwidth against N: bytes that the loss must move at least, over the time it took. Of several vocabularies the
+    """Bandwidth against N: bytes that the loss must move at least, over the time it took. The vocabulary is the
     one with the most N; none where that is a single N: a curve through one point says less than the table."""
     by_vocab: dict[int, list[dict]] = {}
     for case in result["cases"]:
@@ -388,13 +397,14 @@ def logits_pictures(result: dict) -> dict[str, Figure]:
                 if mode in PASSES and (mode == FORWARD) == forward:
                     moved = PASSES[mode] * case["N"] * vocab * DTYPES[dtype].itemsize
                     lines.setdefault(variant, []).append((case["N"], moved / seconds["median"] / 1e9))
+    panels = {panel: lines for panel, lines in panels.items() if lines}
     picture = Picture(
         f"Memory bandwidth that the loss from logits reaches, V={vocab:,}",
-        "What must be moved at least (forward: each logit read once; backward: read and written once more) over the "
+        "The bytes that must be moved at least (forward: each logit read once; backward: read and written once more) over the "
         "median time. Dashed: the ceiling of this device, measured in the same run.",
         result,
         len(panels),
-        columns=len(panels) // 2,
+        columns=len({dtype for _, dtype in panels}),
     )
     for axes, ((forward, dtype), lines) in zip(picture.panels, panels.items()):
         axes.set(title=f"{'forward alone' if forward else 'forward + backward'}, {dtype}, GB/s", xlabel="tokens N")
@@ -404,17 +414,35 @@ def logits_pictures(result: dict) -> dict[str, Figure]:
             curve(axes, points, variant, wrapped(name, 20) + ("\nin place" if mode == INPLACE else ""))
         kind = "read" if forward else "copy"
         ceiling = result.get("ceilings", {}).get(f"{kind} bytes/s", 0) / 1e9
+        top = 1.12 * max(ceiling, axes.dataLim.y1)
         if ceiling:
             axes.axhline(ceiling, label=f"{kind} ceiling", **GUIDE)
-            where = {"va": "bottom", "transform": axes.get_yaxis_transform()}
-            axes.text(0.01, ceiling, f"{kind}, {plain(ceiling)} GB/s", fontstyle="italic", **where)
-        axes.set_ylim(0, 1.12 * max(ceiling, axes.dataLim.y1))
+            why = why_above(lines, ceiling)
+            words = [f"{kind}, {plain(ceiling)} GB/s" + ("; above it:" if why else ""), *why]
+            where = {"va": "bottom", "transform": axes.get_yaxis_transform(), "linespacing": 1.1}
+            axes.text(0.01, ceiling, "\n".join(words), fontstyle="italic", **where)
+            top = max(top, ceiling / (1 - 0.07 * len(words)))  # room for these words
+        axes.set_ylim(0, top)
         axes.yaxis.set(
             major_locator=MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)),
             major_formatter=FuncFormatter(lambda y, _: f"{y:,g}"),
         )
         axes.grid(axis="y")
     return {"": picture.finish()}
+
+
+ABOVE = {  # why a pass may take less time than its bytes at the ceiling
+    FORWARD: "this kernel reads faster than the read that is the ceiling",
+    FRESH: "it writes one byte in three, a copy one in two",
+    INPLACE: "in place, written lines are still in the cache",
+}
+
+
+def why_above(variants: dict[str, list[tuple[int, float]]], ceiling: float) -> list[str]:
+    """Lines of text: for each way to call that is above the ceiling somewhere, the reason."""
+    above = [name for name, points in variants.items() if max(rate for _, rate in points) > ceiling]
+    reasons = dict.fromkeys(ABOVE[name.rsplit(", ", 1)[-1]] for name in above)
+    return [line for why in reasons for line in textwrap.wrap(why, 30)]
 
 
 def linear_pictures(result: dict) -> dict[str, Figure]:
@@ -439,8 +467,8 @@ def linear_picture(result: dict, head: str, cases: list[dict]) -> Figure:
         ratios = {name: medians[name] / medians[floor] for name in names}
         values.append({name: (ratio, f"{ratio:.2f}×  {duration(medians[name])}") for name, ratio in ratios.items()})
         values[-1] |= {name: (0.0, reason(why)) for name, why in case["absent"].items() if has_failed(why)}
-    end = min(CUT, max(length for variants in values for length, _ in variants.values()))
-    picture, names = bar_picture(
+    end = min(CUT, max((length for variants in values for length, _ in variants.values()), default=1.0))
+    picture = bar_picture(
         f"Time of the loss from hidden states, {head} head, in units of its bare matrix products",
         "Policy and reference, forward and backward, medians. Dashed: the matrix products alone, unchunked, into buffers "
         "that are there." + (f" A bar that ends in » is longer than {CUT}×." if end == CUT else ""),
@@ -449,7 +477,7 @@ def linear_picture(result: dict, head: str, cases: list[dict]) -> Figure:
         values,
     )
     for axes, variants in zip(picture.panels, values):
-        bars(axes, names, variants, end)
+        bars(axes, variants, end)
         axes.axvline(1, label="bare GEMMs", **GUIDE)
         ticks = range(1, int(end) + 1, 1 if end < 5 else 2)
         axes.xaxis.set(major_locator=FixedLocator(ticks), major_formatter=FuncFormatter(times))
@@ -464,7 +492,7 @@ def sweep(
 ) -> None:
     """Lines on two logarithmic axes, in the order of x. A cross ends the line of what failed further on, and its name
     says why; the name of what never worked stands alone."""
-    width, letters = (25, 18) if narrow else (31, 50)  # of a name; as `measured_ticks` has it
+    width, letters = (25, 18) if narrow else (32, 50)  # of a name; as `measured_ticks` has it
     measured_ticks(axes, [x for x, _ in plan], xtext, letters)
     axes.set_yscale("log")
     for name, points in series.items():
@@ -507,7 +535,7 @@ def memory_pictures(result: dict) -> dict[str, Figure]:
 
 
 def sweeps_of(cases: list[dict]) -> list[tuple[str, list[dict]]]:
-    """What is varied, and all cases that differ in nothing else, for whichever purpose they were measured."""
+    """The name of the size that is varied, and all cases that differ in nothing else, for whichever purpose they were measured."""
     found: dict[tuple, tuple[str, list[dict]]] = {}
     for case in cases:
         if case["sweep"] in SWEEPS:
@@ -546,7 +574,7 @@ def memory_of_models(result: dict, head: str, cases: list[dict]) -> Figure:
         | {name: (0, reason(why)) for name, why in case["failed"].items() if has_failed(why)}
         for case in cases
     ]
-    picture, names = bar_picture(
+    picture = bar_picture(
         f"Peak memory of the loss from hidden states, {head} head, by shape",
         "Above the inputs, forward and backward. Dashed: what the plan says of ours.",
         result,
@@ -555,7 +583,7 @@ def memory_of_models(result: dict, head: str, cases: list[dict]) -> Figure:
     )
     for axes, case, variants in zip(picture.panels, cases, values):
         longest = max(case["plan"]["peak bytes"], *(length for length, _ in variants.values()))
-        bars(axes, names, variants, longest)
+        bars(axes, variants, longest)
         axes.axvline(case["plan"]["peak bytes"], label="plan", **GUIDE)
         tick = 2 ** math.floor(math.log2(longest / 1.5))
         axes.xaxis.set(major_locator=MultipleLocator(tick), major_formatter=FuncFormatter(size))
@@ -580,7 +608,7 @@ def longcontext_picture(result: dict, head: str, cases: list[dict]) -> Figure:
         f"Forward and backward. {ENDS}; its time is that of its matrix products at the rate measured in the same run.",
         result,
         len(measures) * len(groups),
-        height=2.5,
+        heights=2.5,
     )
     panels = itertools.product(groups.items(), measures)
     for axes, ((shape, cases), (what, key, planned, text)) in zip(picture.panels, panels):
@@ -597,6 +625,9 @@ def longcontext_picture(result: dict, head: str, cases: list[dict]) -> Figure:
     return picture.finish()
 
 
+REST = "rest"
+
+
 def parts_of(case: dict, variant: str) -> dict[str, float]:
     """Medians of the parts of one step: those of the loss, the others, and what both leave of the step."""
     whole = case["seconds"][step.STEP][variant]["median"]
@@ -604,38 +635,48 @@ def parts_of(case: dict, variant: str) -> dict[str, float]:
     medians = {name: quartiles["median"] for name, quartiles in timed.items()}
     parts = {name: medians[name] for name in sorted(medians, key=lambda name: not name.startswith(step.LOSS))}
     rest = whole - sum(parts.values())
-    return parts | ({"rest": rest} if rest > 0.01 * whole else {})
+    return parts | ({REST: rest} if rest > 0.01 * whole else {})
+
+
+TUNING = {step.TRAINED: "full fine-tuning", step.LORA: "LoRA"}
 
 
 def step_pictures(result: dict) -> dict[str, Figure]:
     cases = result["cases"]
     stacks = [{name: parts_of(case, name) for name in case["seconds"][step.STEP]} for case in cases]
     parts = list(dict.fromkeys(part for stack in stacks for timed in stack.values() for part in timed))
+    parts.sort(key=lambda part: (not part.startswith(step.LOSS), part == REST))
     of_loss = [part for part in parts if part.startswith(step.LOSS)]
     shades = dict(zip(of_loss, itertools.cycle(LOSS_SHADES)))
     shades |= dict(zip((part for part in parts if part not in of_loss), itertools.cycle(SHADES)))
+    models = dict.fromkeys(case["model"] for case in cases if case.get("model"))
     picture = Picture(
         "Where the time of a training step goes",
-        "One optimizer step of a real model, medians; in the bars milliseconds, at their ends the whole.",
+        f"One optimizer step of {', '.join(models) or 'a model'}: medians in seconds, in the bars of each part, at their "
+        "ends of the whole step; one scale for each dtype. Blue: the loss part (head, loss and metrics of policy, reference "
+        f"and KL), whose gradients {step.OURS} forms in the forward. Grey: what this package does not touch.",
         result,
         len(cases),
-        height=0.62,
+        heights=[0.31 * len(stack) for stack in stacks],
     )
-    longest = max(sum(timed.values()) for stack in stacks for timed in stack.values())
+    longest: dict[str, float] = {}
+    for case, stack in zip(cases, stacks):
+        longest[case["dtype"]] = max(longest.get(case["dtype"], 0), *(sum(timed.values()) for timed in stack.values()))
     for axes, case, stack in zip(picture.panels, cases, stacks):
-        axes.set(title=f"head: {case['head']}, {case['dtype']}", ylim=(len(stack) - 0.5, -0.5), xlim=(0, longest))
+        title = f"{TUNING.get(case['head'], case['head'])}, {case['dtype']}"
+        axes.set(title=title, ylim=(len(stack) - 0.5, -0.5), xlim=(0, longest[case["dtype"]]))
         axes.set_yticks(range(len(stack)), list(stack))
-        axes.xaxis.set(visible=axes is picture.panels[-1], major_formatter=FuncFormatter(lambda s, _: f"{s:g} s"))
-        axes.spines.bottom.set_visible(axes is picture.panels[-1])
+        axes.xaxis.set_visible(False)  # the seconds are written out
+        axes.spines.bottom.set_visible(False)
         for row, (variant, timed) in enumerate(stack.items()):
             axes.get_yticklabels()[row].set(**look(variant).text)
             begin = 0.0
             for part, seconds in timed.items():
                 axes.barh(row, seconds, left=begin, height=0.7, color=shades[part], edgecolor="white", label=part)
                 begin += seconds
-            bar_text(axes, begin, row, duration(case["seconds"][step.STEP][variant]["median"]), variant)
+            bar_text(axes, begin, row, whole_step(case["seconds"][step.STEP], variant), variant)
     swatches = [Patch(color=shades[part], label=part) for part in parts]
-    columns = 4
+    columns = min(4, -(-len(parts) // 2))
     room = 0.42 + 0.18 * -(-len(parts) // columns)  # the names of the parts
     figure = picture.finish(gap=0.3, first_gap=room)
     for axes in picture.panels:
@@ -647,11 +688,20 @@ def step_pictures(result: dict) -> dict[str, Figure]:
     return {"": figure}
 
 
+def whole_step(seconds: dict[str, dict], variant: str) -> str:
+    """The time of a step, and of ours how much that is less than TRL's."""
+    mine = seconds[variant]["median"]
+    if variant != step.OURS or step.TRL not in seconds:
+        return f"{mine:.2f} s"
+    less = 1 - mine / seconds[step.TRL]["median"]
+    return f"{mine:.2f} s, {abs(less):.0%} {'less' if less > 0 else 'more'}"
+
+
 def write_inside(axes: Axes, bar: BarContainer, color: str) -> None:
-    """Milliseconds in the middle of a bar that has room for them."""
-    (text,) = axes.bar_label(bar, [f"{1e3 * bar[0].get_width():,.0f}"], label_type="center", color=color, fontsize=7)
+    """Seconds in the middle of a bar that has room for them."""
+    (text,) = axes.bar_label(bar, [f"{bar[0].get_width():.2f}"], label_type="center", color=color, fontsize=SMALL)
     renderer = axes.figure.canvas.get_renderer()
-    if text.get_window_extent(renderer).width > bar[0].get_window_extent(renderer).width - 3:
+    if text.get_window_extent(renderer).width > bar[0].get_window_extent(renderer).width - 2:
         text.remove()
 
 
@@ -667,12 +717,12 @@ PICTURES = {
 def figures(result: dict) -> dict[str, Figure]:
     """File name → picture of these results; empty where their kind has none."""
     with matplotlib.rc_context(STYLE):
-        made = PICTURES.get(result["benchmark"], lambda _: {})(result)
+        made = PICTURES[result["benchmark"]](result) if result["benchmark"] in PICTURES and result["cases"] else {}
     return {f"{result['benchmark']}-{result['device kind']}{suffix}.svg": figure for suffix, figure in made.items()}
 
 
 def digest(result: dict) -> str:
-    """What a picture's file holds, to say which results it shows."""
+    """The line in a picture's file that says which results it shows."""
     return "sha256:" + hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,40 +1,30 @@
-"""Turns results files into tables, on the screen, in the README (the headlines) and in docs/benchmarks.md (everything): no
+"""Turns results files into tables, on the screen, in the README (a few figures) and in docs/benchmarks.md (everything): no
 figure is typed by hand."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import operator
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import step
+from . import overhead, roofline, step
+from .benchmark import DEVICES
 from .ceilings import COPY, GEMM, READ
-from .environment import ROOT
-from .logits import FORWARD, FRESH, INPLACE, YARDSTICK
+from .environment import RESULTS, ROOT, provenance
+from .logits import FORWARD, FRESH, INPLACE, PASSES, YARDSTICK
 from .measure import DTYPES
 from .peers import NAIVE
 
-RESULTS = ROOT / "benchmarks" / "results"
-DEVICES = ("cpu", "cuda")
-# Passes over the logits that each needs at least: reads and writes.
-PASSES = {FORWARD: 1, FRESH: 3, INPLACE: 3}
 OURS = ("kto_loss", "linear_kto_loss", step.OURS)
 Table = tuple[str, list[list[str]]]  # its title, and rows, the first of them the head
 
 
 # Words for figures ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def provenance(result: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    where = "compiled, not run"
-    if "device" in result:
-        driver = f", driver {result['driver']}" if result.get("driver") else ""
-        where = f"{result['device']}{driver}, {result['threads']} threads"
-    return f"{where}; {versions}; commit {result['commit']}; {result['date']}"
 
 
 def milliseconds(times: dict) -> str:
@@ -61,6 +51,11 @@ def markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
     return "\n".join(lines)
+
+
+def folded(title: str, paragraphs: list[str]) -> str:
+    """Markdown that a page shows when its title is clicked: on GitHub, and on the site of `make docs`."""
+    return "\n\n".join([f'<details markdown="1"><summary>{title}</summary>', *paragraphs, "</details>"])
 
 
 # Ratios ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +246,7 @@ def linear_tables(result: dict) -> list[Table]:
 
 
 def linear_notes(result: dict) -> list[str]:
-    """What stands under the tables: the plan beside what was measured, accuracy, peers that were not there."""
+    """The lines under the tables: the plan beside what was measured, accuracy, peers that were not there."""
     lines = []
     for case in result["cases"]:
         plan, peaks, errors = case["plan"], case["peak extra bytes"], case["errors against fp64"]
@@ -267,47 +262,6 @@ def linear_notes(result: dict) -> list[str]:
             )
             lines.append(f"{name}: {measured}. Error against fp64, root mean square (naive's): {against}.")
     return lines + absentees(result["cases"], "absent")
-
-
-def linear_summary(result: dict) -> list[Table]:
-    """A row for each case but those of the first shape, which has a table of its own."""
-    rows = [
-        [
-            "head",
-            "N",
-            "H",
-            "V",
-            "dtype",
-            "ours, ms",
-            "/ bare GEMMs",
-            "best peer",
-            "its ms",
-            "ours, memory",
-            "its memory",
-        ]
-    ]
-    first = result["cases"][0]
-    for case in result["cases"]:
-        seconds, peaks = case["seconds"], case["peak extra bytes"]
-        floor, *rest = seconds
-        ours = [name for name in rest if mine(name)]
-        best = best_peer({name: seconds[name] for name in rest})
-        if (case["N"], case["H"], case["V"]) == (first["N"], first["H"], first["V"]) or not ours or best is None:
-            continue
-        fastest = min(ours, key=lambda name: seconds[name]["median"])
-        rows.append(
-            [
-                f"{case.get('model') or ''}, {case['head']}".lstrip(", "),
-                *(str(case[name]) for name in ("N", "H", "V", "dtype")),
-                milliseconds(seconds[fastest]),
-                times(seconds[fastest]["median"] / seconds[floor]["median"]),
-                best,
-                milliseconds(seconds[best]),
-                memory(peaks.get(fastest)),
-                memory(peaks.get(best)),
-            ]
-        )
-    return [("Heads of other models", rows)] if len(rows) > 1 else []
 
 
 def memory_tables(result: dict) -> list[Table]:
@@ -370,7 +324,7 @@ def time_and_memory(point: dict) -> str:
 
 
 def longcontext_notes(result: dict) -> list[str]:
-    """What could not be measured: where and why."""
+    """The points that could not be measured: where and why."""
     cases = [
         case | {"failed": {name: point["failed"] for name, point in case["variants"].items() if point["failed"]}}
         for case in result["cases"]
@@ -436,71 +390,275 @@ def step_tables(result: dict) -> list[Table]:
 
 
 def inspect_tables(result: dict) -> list[Table]:
-    """The worst of each kernel's variants on each target."""
-    rows = [["kernel", "target", "variants", "registers, at most", "spills, bytes", "widest loads, bits"]]
+    """The worst of each kernel's variants on each target; instructions of the variants without a softcap and outputs."""
+    head = ["kernel", "target", "variants", "registers, at most", "spills, bytes", "widest loads, bits"]
+    rows = [[*head, "fold, instructions a logit (bf16)", "write", "FP64 a row"]]
     kernels = operator.itemgetter("kernel", "target")
     for key, group in itertools.groupby(sorted(result["cases"], key=kernels), kernels):
         cases = list(group)
         most = (max(case[name] for case in cases) for name in ("registers", "spills"))
         widest = min(max(map(int, case["loads"])) for case in cases)
-        rows.append([*key, *map(str, (len(cases), *most, widest))])
-    return [("The Triton kernels as machine code", rows)]
+        plain = [
+            c for c in cases if c["variant"].endswith("bfloat16") and not re.search("softcap|output", c["variant"])
+        ]
+        logit = [max((c[loop]["a logit"] for c in plain if c.get(loop)), default=None) for loop in ("fold", "write")]
+        fp64 = max((c["fp64"] for c in plain if "fp64" in c), default="")
+        counts = ["" if count is None else f"{count:.2f}" for count in logit]
+        rows.append([*key, *map(str, (len(cases), *most, widest)), *counts, str(fp64)])
+    return [("The GPU kernels as machine code", rows)]
 
 
-# name → (tables, notes, tables of the README)
-BENCHMARKS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "ceilings": (ceilings_tables, lambda _: [], ceilings_tables),
-    "logits": (logits_tables, logits_notes, lambda result: logits_tables(result)[:1]),
-    "linear": (linear_tables, linear_notes, lambda result: linear_tables(result)[:1] + linear_summary(result)),
-    "memory": (memory_tables, memory_notes, memory_tables),
-    "longcontext": (longcontext_tables, longcontext_notes, longcontext_tables),
-    "step": (step_tables, lambda _: [], lambda result: step_tables(result)[::2]),
-    "inspect": (inspect_tables, lambda _: [], inspect_tables),
+def overhead_tables(result: dict) -> list[Table]:
+    """Ours and the others in microseconds, and over plain PyTorch's median of the same case."""
+    rows = [["", "timed", "µs (quartiles)", "/ plain PyTorch", "at most", "met"]]
+    for case in result["cases"]:
+        for name, took in case["seconds"].items():
+            ratio = took["median"] / case["seconds"][overhead.PLAIN]["median"]
+            median, low, high = (f"{1e6 * took[quartile]:.1f}" for quartile in ("median", "low", "high"))
+            rows.append([name, case["mode"], f"{median} ({low}–{high})", times(ratio), "", ""])
+            if mine(name) and case["at most"] is not None:
+                rows[-1][-2:] = [times(case["at most"]), "yes" if ratio <= case["at most"] else "no"]
+    first = result["cases"][0]
+    return [(f"A call with gradients on, N = {first['N']}, V = {first['V']}, {first['dtype']}", rows)]
+
+
+def overhead_notes(result: dict) -> list[str]:
+    calls = result["cases"][0]["calls"]
+    return [
+        f"Times are processor time; a run is the median of {calls} calls in a row. The loss from hidden states forms its gradients in the forward, "
+        "so that only its forward + backward is held to a ratio."
+    ]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the results of a benchmark are shown."""
+
+    tables: Callable[[dict], list[Table]]
+    notes: Callable[[dict], list[str]] = lambda result: []  # the lines under the tables
+    devices: tuple[str, ...] = DEVICES  # a results file each; none: one that no device made
+
+
+BENCHMARKS = {
+    "ceilings": Shown(ceilings_tables),
+    "logits": Shown(logits_tables, logits_notes),
+    "linear": Shown(linear_tables, linear_notes),
+    "memory": Shown(memory_tables, memory_notes),
+    "longcontext": Shown(longcontext_tables, longcontext_notes),
+    "step": Shown(step_tables),
+    "overhead": Shown(overhead_tables, overhead_notes, devices=overhead.BENCHMARK.devices),
+    "inspect": Shown(inspect_tables, devices=()),
 }
 
 
 def on_screen(result: dict) -> tuple[list[Table], list[str]]:
-    tables, notes, _ = BENCHMARKS[result["benchmark"]]
-    return tables(result), notes(result)
+    shown = BENCHMARKS[result["benchmark"]]
+    return shown.tables(result), shown.notes(result)
+
+
+# The README ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One case: ours beside the fastest peer."""
+
+    what: str
+    peer: str
+    seconds: tuple[float, float]
+    bytes: tuple[int | None, int | None]
+
+    @property
+    def speed(self) -> float:
+        mine, theirs = self.seconds
+        return theirs / mine
+
+
+DTYPE = "bf16"  # of everything that the README shows
+
+
+def beside(what: str, seconds: dict[str, float | None], peaks: dict[str, int | None]) -> Beside | None:
+    """The fastest of ours and the fastest peer of these variants; None where one of them was not measured."""
+    measured = sorted((took, name) for name, took in seconds.items() if took is not None)
+    ours, peer = (next((name for _, name in measured if mine(name) == wanted), None) for wanted in (True, False))
+    if ours is None or peer is None:
+        return None
+    return Beside(
+        what, peer.removesuffix(f", {FRESH}"), (seconds[ours], seconds[peer]), (peaks.get(ours), peaks.get(peer))
+    )
+
+
+def medians(seconds: dict[str, dict], kept: Callable[[str], bool] = lambda name: True) -> dict[str, float | None]:
+    return {name: took["median"] for name, took in seconds.items() if kept(name)}
+
+
+def loaded(benchmark: str, device: str) -> dict:
+    path = RESULTS / f"{benchmark}-{device}.json"
+    return json.loads(path.read_text()) if path.exists() else {"cases": []}
+
+
+def logits_beside(result: dict) -> list[Beside | None]:
+    """The rows of the first shape: with a gradient of its own and with the gradient written over the logits."""
+    case = next((case for case in result["cases"] if case["dtype"] == DTYPE), None)
+    if case is None:
+        return []
+    what = f"from logits, {case['N']:,} tokens, vocabulary {case['V']:,}"
+    rows = []
+    for title, ending in ((what, FRESH), ("from logits, gradient written over the logits", INPLACE)):
+
+        def kept(name: str, ending=ending) -> bool:
+            return name.endswith(ending if mine(name) else FRESH)
+
+        rows.append(beside(title, medians(case["seconds"], kept), case["peak extra bytes"]))
+    return rows
+
+
+def linear_beside(result: dict) -> list[Beside | None]:
+    """The first shape, and of the others the one where ours gains least."""
+    rows = []
+    for case in result["cases"]:
+        if case["dtype"] == DTYPE:
+            floor, *_ = case["seconds"]
+            seconds = medians(case["seconds"], lambda name, floor=floor: name != floor)
+            model, *_ = (case["model"] or "").split(",")
+            rows.append(beside(f"{model}'s head, {case['N']:,} tokens", seconds, case["peak extra bytes"]))
+    rows = [row for row in rows if row]
+    least = min(rows[1:], key=lambda row: row.speed, default=None)
+    return [
+        *rows[:1],
+        least and replace(least, what=f"{least.what} ({'least gain' if least.speed >= 1 else 'slower'})"),
+    ]
+
+
+def longcontext_beside(result: dict) -> list[Beside | None]:
+    """The longest sequence that a peer finished."""
+    rows = []
+    for case in result["cases"]:
+        points = case["variants"].items()
+        seconds, peaks = ({name: point[key] for name, point in points} for key in ("seconds", "peak extra bytes"))
+        if case["dtype"] == DTYPE:
+            what = f"a text of {case['tokens']:,} tokens, vocabulary {case['V']:,}"
+            rows.append(beside(what, seconds, peaks))
+    return [row for row in rows if row][-1:]
+
+
+def step_beside(result: dict) -> list[Beside | None]:
+    """A whole step with a trained head."""
+    return [
+        beside(
+            f"a training step of {case['model']}",
+            medians(case["seconds"][step.STEP]),
+            case["peak extra bytes"][step.STEP],
+        )
+        for case in result["cases"]
+        if (case["dtype"], case["head"]) == (DTYPE, step.TRAINED)
+    ][:1]
+
+
+# Benchmark → the rows of it that the README shows.
+BESIDE = {"step": step_beside, "logits": logits_beside, "linear": linear_beside, "longcontext": longcontext_beside}
+
+
+def rows_beside(benchmark: str, device: str) -> list[Beside]:
+    return [row for row in BESIDE[benchmark](loaded(benchmark, device)) if row]
+
+
+def size(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def headlines(device: str) -> str:
+    """A line for each of three benchmarks."""
+    lines = []
+    for row in rows_beside("step", device):
+        mine, theirs = map(duration, row.seconds)
+        lines.append(f"- **{row.speed:.1f}×** the speed of TRL's trainer: {row.what} takes {mine}, under TRL {theirs}.")
+    for row in rows_beside("logits", device)[:1]:
+        mine, theirs = map(duration, row.seconds)
+        lines.append(
+            f"- **{row.speed:.1f}×** the speed of the fastest other code from logits to their gradient: {mine}, and {theirs} there."
+        )
+    for row in (row for row in rows_beside("longcontext", device) if None not in row.bytes):
+        mine, theirs = map(size, row.bytes)
+        lines.append(f"- **{mine}** of memory for {row.what}: the fastest other code ({row.peer}) takes {theirs}.")
+    return "\n".join(lines) or "not measured"
+
+
+def overview(device: str) -> str:
+    """A table of a few rows, and where they were measured."""
+    rows = [row for benchmark in BESIDE for row in rows_beside(benchmark, device)]
+    if not rows:
+        return "not measured"
+    table = [["forward and backward", "ours", "theirs", "the fastest other code"]]
+    for row in rows:
+        cells = (
+            duration(took) + (f", {size(count)}" if count is not None else "")
+            for took, count in zip(row.seconds, row.bytes)
+        )
+        table.append([row.what, *cells, row.peer])
+    found = [loaded(benchmark, device) for benchmark in BESIDE]
+    where = sorted({f"{result['device']}, {result['date']}" for result in found if result["cases"]})
+    return f"{markdown(table)}\n\nMedians in {DTYPE} on {'; '.join(where)}."
 
 
 # The documents ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measured(*benchmarks: str) -> tuple[str, ...]:
-    return tuple(f"{benchmark}-{device}" for benchmark in benchmarks for device in DEVICES)
+def files(*benchmarks: str) -> tuple[str, ...]:
+    """The names of the results files that these benchmarks write."""
+    devices = {name: BENCHMARKS[name].devices for name in benchmarks}
+    return tuple(file for name in benchmarks for file in [f"{name}-{device}" for device in devices[name]] or [name])
 
 
-# Document → the results that it shows, by the names of their files, and whether all of them.
-DOCUMENTS = {
-    ROOT / "README.md": (measured("logits", "linear", "longcontext", "step"), False),
-    ROOT / "docs" / "benchmarks.md": (
-        (*measured(*(name for name in BENCHMARKS if name != "inspect")), "inspect"),
-        True,
-    ),
-}
-
-
-def section(document: Path, name: str, everything: bool) -> str:
+def section(document: Path, name: str) -> str:
+    """All that a results file has, as it stands in this document."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return "not measured"
     result = json.loads(path.read_text())
-    tables, notes, headlines = BENCHMARKS[result["benchmark"]]
+    shown = BENCHMARKS[result["benchmark"]]
     rounds = {case["repeats"] for case in result["cases"] if "repeats" in case} or {
         result.get("ceilings", {}).get("repeats")
     }
     counts = " or ".join(map(str, sorted(rounds - {None})))
     found = [f"Medians of {counts} runs. {provenance(result)}." if counts else f"{provenance(result)}."]
-    for title, rows in (tables if everything else headlines)(result):
-        found += [f"{title}:", markdown(rows)]
-    if everything:
-        found += notes(result)
+    (title, rows), *others = shown.tables(result)
+    found += [f"{title}:", markdown(rows), *(folded(title, [markdown(rows)]) for title, rows in others)]
+    if notes := shown.notes(result):
+        found.append(folded("Notes", notes))
     here = document.parent
     for picture in sorted(RESULTS.glob(f"{name}*.svg")):
         relative = Path(*[".."] * len(here.relative_to(ROOT).parts)) / picture.relative_to(ROOT)
         found.append(f"![{result['benchmark']} on {result['device']}]({relative.as_posix()})")
     return "\n\n".join(found)
+
+
+def predicted(number: int) -> str:
+    """A table of roofline's, or of the launches, from what `inspect` wrote."""
+    result = json.loads((RESULTS / "inspect.json").read_text())
+    if "launches" not in result:
+        return "not measured"
+    tables = [
+        *roofline.tables(result["cases"], result["launches"]),
+        ("Kernels that a call launches", result["launches"]),
+    ]
+    title, rows = tables[number]
+    return f"{title}:\n\n{markdown(rows)}"
+
+
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+GPU_PAGE = ROOT / "docs" / "gpu.md"
+# Document → its sections by their names, and what writes them.
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "headlines-cpu": lambda: headlines("cpu"),
+        "overview-cpu": lambda: overview("cpu"),
+        "overview-cuda": lambda: overview("cuda"),
+    },
+    PAGE: {name: functools.partial(section, PAGE, name) for name in files(*BENCHMARKS)},
+    GPU_PAGE: {"roofline": lambda: predicted(0), "linear": lambda: predicted(1), "launches": lambda: predicted(2)},
+}
 
 
 def update(check: bool = False) -> list[str]:
@@ -509,13 +667,13 @@ def update(check: bool = False) -> list[str]:
     changed = stale_pictures() if check else []
     if not check:
         draw_all()
-    for document, (names, everything) in DOCUMENTS.items():
+    for document, sections in DOCUMENTS.items():
         text = new = document.read_text()
-        for name in names:
+        for name, write in sections.items():
             pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(\n?<!-- end -->)", re.S)
             if not pattern.search(new):
                 raise SystemExit(f"{document.name} has no place for the results {name!r}")
-            written = section(document, name, everything)
+            written = write()
             new = pattern.sub(lambda match, written=written: f"{match[1]}{written}\n<!-- end -->", new)
         if new != text:
             changed.append(document.relative_to(ROOT).as_posix())

@@ -39,7 +39,7 @@ def plan_of(tokens: int, hidden: int, vocab: int, trained: bool, vocab_ranks: in
 
 
 def ring_bytes(name: str, size: int, ranks: int) -> int:
-    """What a rank sends in a ring, which is the least that there is: an all-gather passes on every part but one, an
+    """The bytes that a rank sends in a ring, which is the least that there is: an all-gather passes on every part but one, an
     all-reduce does so twice with parts of 1/ranks."""
     return (ranks - 1) * size if name == "all_gather" else 2 * (ranks - 1) * size // ranks
 

@@ -56,7 +56,7 @@ def present(peers: dict[str, Peer], chosen: tuple[str, ...], setting: Setting) -
 
 
 def chosen_peers(text: str, known: dict[str, Peer]) -> tuple[str, ...]:
-    """Of a comma list, "all" or "none".
+    """The names of peers in a comma list, "all" or "none".
 
     Raises:
         ValueError: a name is unknown.
@@ -65,7 +65,7 @@ def chosen_peers(text: str, known: dict[str, Peer]) -> tuple[str, ...]:
 
 
 def chosen_backends(text: str, device: str) -> tuple[str, ...]:
-    """Of a comma list, "all" (those worth timing on the device) or "none".
+    """The names of backends in a comma list, "all" (those worth timing on the device) or "none".
 
     Raises:
         ValueError: a name is unknown, or cannot run on the device.

@@ -1,4 +1,4 @@
-"""What is measured: heads of real models, sweeps, and batches as KTO runs have them."""
+"""The shapes that are measured: heads of real models, sweeps, and batches as KTO runs have them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEQUENCES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch in front of a head. Of its tokens a third are prompts, which no label scores."""
+    """A batch in front of a head. A third of the batch's tokens are prompts, which no label scores."""
 
     scored: int  # N, the tokens that a label scores
     hidden: int  # H; 0 where only logits matter

@@ -208,6 +208,7 @@ def figure(result: dict):
         left.set_ylim(0)
         right.set_title(f"{case['dtype']}: distance of the parameters, as a share of the way from the start", color=INK)
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # exponents of mathtext are too small to read
     return picture.finish()
 
 
