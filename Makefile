@@ -7,17 +7,24 @@ export KTO_KERNELS_WERROR := 1
 # The extensions are rebuilt where a source is newer; ninja compiles only what changed.
 SOURCES := $(shell find csrc kto_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '_version.py') setup.py pyproject.toml
 
-.PHONY: test faults fuzz test-sdist test-versions test-versions-all test-gpu sanitize demo bench report lint clean
+.PHONY: test test-all faults fuzz test-sdist test-versions test-versions-all test-gpu sanitize demo bench report docs lint address clean
 
-test: $(VENV)/test.stamp  ## the test suite
-	$(BIN)/python -m pytest -q -n 2 -m "not alone"
-	$(BIN)/python -m pytest -q -m alone
+test: $(VENV)/test.stamp  ## a case of every promise: one case of each test
+	$(BIN)/python -m pytest -q -n 2 -m "not alone" --short
+	$(BIN)/python -m pytest -q -m alone --short
+
+test-all: $(VENV)/test.stamp  ## every case of every test, or with REST=1 those that `make test` leaves out
+	$(BIN)/python -m pytest -q -n 2 -m "not alone" $(if $(REST),--rest)
+	$(BIN)/python -m pytest -q -m alone $(if $(REST),--rest)
 
 faults: $(VENV)/test.stamp  ## the faults that users found, numbered as in docs/trust.md: one test each, and how many pass
 	$(BIN)/python -m pytest -q -n 2 -m fault
 
-fuzz: $(VENV)/test.stamp  ## the property tests on thousands of new cases, or with SEED=number on always the same
-	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py tests/test_invariances.py tests/test_plan.py
+PTX_CASES ?= 3000
+fuzz: $(VENV)/test.stamp  ## property tests and compiled kernels on thousands of new cases, or with SEED=number on always the same
+	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/losses/test_properties.py tests/losses/test_invariances.py tests/losses/test_plan.py
+	$(BIN)/python -m tests.support.ptx --cases $(PTX_CASES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.support.ptx.mutants
 
 test-gpu: $(VENV)/test.stamp  ## the whole grid on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
@@ -37,31 +44,47 @@ sanitize: $(VENV)/test.stamp  ## the C++ under AddressSanitizer, UndefinedBehavi
 test-versions: $(VENV)/test.stamp  ## the integrations under older TRL, LLaMA-Factory, ms-swift and DeepSpeed, in .venv-versions/
 	PYTHON=$(PYTHON) tests/versions/run.sh
 
-test-versions-all: $(VENV)/test.stamp  ## smoke and compile tests under several torch releases, gigabytes each, or with ONLY=torch_2_8 under one
-	$(BIN)/python tests/versions/matrix.py run $(ONLY)
+test-versions-all: $(VENV)/test.stamp  ## under several releases of torch and Triton, gigabytes each, or with ONLY="torch_2_8 triton_3_4" under these
+	$(if $(filter-out triton_%,$(or $(ONLY),all)),$(BIN)/python tests/versions/matrix.py run $(filter-out triton_%,$(ONLY)))
+	$(if $(filter-out torch_%,$(or $(ONLY),all)),$(BIN)/python tests/versions/compilers.py run $(filter-out torch_%,$(ONLY)))
 
 demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 	$(BIN)/python examples/demo.py
 
-bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ and the README's tables
+bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ and the tables of README.md and docs/benchmarks.md
 	$(BIN)/python -m benchmarks logits
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks longcontext
 	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks ceilings
+	$(BIN)/python -m benchmarks overhead
 	$(BIN)/python -m benchmarks inspect
 	$(BIN)/python -m benchmarks report
 
 report: $(VENV)/test.stamp  ## fail where a page and the results that it shows differ
 	$(BIN)/python -m benchmarks report --check
 	$(BIN)/python tests/versions/matrix.py page --check
+	$(BIN)/python tests/versions/compilers.py page --check
 
-lint: $(VENV)/test.stamp
+docs: $(VENV)/test.stamp  ## the documentation site, in build/site; a broken link or reference fails
+	$(PIP) -e .[docs] --no-build-isolation
+	$(BIN)/mkdocs build --strict
+
+TYPES := build/types
+lint: $(VENV)/test.stamp  ## formatting, and the types of the public interface, of an ordinary install
 	$(PIP) -e .[dev] --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+	rm -rf build/lib $(TYPES)
+	KTO_KERNELS_CPU=0 KTO_KERNELS_CUDA=0 $(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --target $(TYPES) .
+	cd $(TYPES) && PYTHONPATH=. $(CURDIR)/$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python --verifytypes kto_kernels \
+		--ignoreexternal --outputjson | $(CURDIR)/$(BIN)/python -c "import json, sys; score = \
+		json.load(sys.stdin)['typeCompleteness']['completenessScore']; print(f'types: {score:.1%}'); sys.exit(score < 0.99)"
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+
+address:  ## the repository's address, which pyproject.toml has, in every file that names it: REPOSITORY=owner/name
+	$(PYTHON) .github/address.py "$(REPOSITORY)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output kto_kernels/*.so

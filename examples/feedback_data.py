@@ -126,7 +126,7 @@ def mismatched_pairs(rows: Sequence[Feedback]) -> list[tuple[Feedback, Feedback]
 def encode(prompt: Feedback, completion: Feedback, tokenizer, max_length: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels, (T,) each: the prompt in the chat template, the completion, the end-of-turn token.
 
-    The completion and its end are scored. What is beyond `max_length` is cut off.
+    The completion and its end are scored. Tokens beyond `max_length` are cut off.
     """
     chat = [{"role": "user", "content": prompt.prompt}]
     start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
