@@ -354,6 +354,18 @@ def has_values(tensor: Tensor) -> bool:
     return get_proxy_mode() is None
 
 
+PLAIN = (Tensor, nn.Parameter)
+
+
+def plain(x: Tensor | None) -> bool:
+    """Whether a kernel may read the memory of `x`: there is memory, and it holds the values of `x` themselves."""
+    return x is None or (
+        type(x) in PLAIN
+        and torch._C._has_storage(x)  # not so for the wrappers of `vmap`
+        and not (x.is_meta or x.is_neg() or x._is_zerotensor())
+    )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether to read values, where there are any: on the CPU always, elsewhere (reading waits for the device) under
     KTO_KERNELS_DEBUG=1."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import scalars
+from .. import checks, scalars
 
 # Namespace ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -299,7 +299,7 @@ class Operator:
     def __call__(self, call: Any, numbers: Tensor | None = None) -> Any:
         """Calls the operator, or the function directly. `numbers` begins with the call's floats where these are known
         to be data: a backward passes the numbers of its forward."""
-        if numbers is None and not observed() and all(map(_plain, self._tensors(call))):
+        if numbers is None and not observed() and all(map(checks.plain, self._tensors(call))):
             return self._directly(call)
         arguments, numbers = self.pack(call, numbers)
         values = (self.constant if numbers is None else self.host)(*arguments)
@@ -396,18 +396,6 @@ class Operator:
             return found
         sources = (backward.anchor, *grads.values())
         return {name: None if grad is None else _NotTwice.apply(grad, *sources) for name, grad in found.items()}
-
-
-def _plain(x: Tensor | None) -> bool:
-    """Whether a kernel may read the memory of `x`: there is memory, and it holds the values of `x` themselves."""
-    return x is None or (
-        type(x) in _PLAIN
-        and torch._C._has_storage(x)  # not so for the wrappers of `vmap`
-        and not (x.is_meta or x.is_neg() or x._is_zerotensor())
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _filled(x: Tensor | None) -> Tensor | None:

@@ -116,7 +116,10 @@ def test_padding_and_packing_change_nothing(place):
 
 @places
 def test_a_constant_added_to_all_logits_changes_nothing(place):
-    """Exact where the sums are: logits in steps of 1/64, and a whole number."""
+    """Exact where the sums are: logits in steps of 1/64, and a whole number. The GPU kernels' exponents d of 2 are rounded
+    once, after the constant was added, by 2^-24·|d|; |d| is at most 10 where a gradient is above the absolute tolerance
+    of `assert_same`, which is 1/1000 of the relative one. So two gradients differ by log(1000)·eps."""
+    exponents = math.log(1000) * torch.finfo(torch.float32).eps
 
     def check(drawn):
         seed, rows, vocab, constant, temperature = drawn
@@ -127,7 +130,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(place):
         mine, moved = (token_logps(z, labels, temperature=temperature, backend=place[0]) for z in (x, y))
         assert_same(place, moved, mine)
         (gx,), (gy,) = (torch.autograd.grad(out.sum(), z) for out, z in ((mine, x), (moved, y)))
-        assert_same(place, gy, gx)
+        assert_same(place, gy, gx, exponents)
 
     shapes = (SEEDS, st.integers(1, 5), st.integers(1, 300), st.integers(-10_000, 10_000))
     explore(place, st.tuples(*shapes, st.sampled_from([0.5, 1.0, 2.0])), check)
