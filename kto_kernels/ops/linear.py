@@ -146,13 +146,13 @@ _HANDED_OVER = (
 )
 
 
-def _own(backward: Backward, gradient: Tensor) -> Tensor:
+def _own(backward: Backward, gradient: Tensor, upstream: Tensor) -> Tensor:
     """A gradient that the forward formed, for the backward to scale in place and return: the saved tensor itself, so
     that memory holds one copy. A graph must not change what its forward returned: it gets a clone, which the compiler
     drops where it can."""
     if not (backward.kept["inplace_backward"] and type(gradient) is Tensor):
         return gradient.clone()
-    backward.spend()
+    backward.spend(upstream)
     return gradient
 
 
@@ -273,7 +273,7 @@ def _tokens_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dic
     if saved["formed"] is not None and entropy_grad is None:
         scoring, labels = options["scoring"], saved["labels"]
         targets = reference.targets(labels, scoring.shift, scoring.ignore_index, saved["cu_seqlens"])
-        formed = _own(backward, saved["formed"])
+        formed = _own(backward, saved["formed"], grad)
         scale_rows_(ScaleRows(formed, torch.where(targets != scoring.ignore_index, grad, 0.0)))
         return {"hidden": formed}
     if grad is None:
@@ -390,7 +390,7 @@ def _loss_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[
     backward.unspent(_HANDED_OVER)
     saved, _ = backward.saved()
     grad, needs, cu_seqlens = grads["loss"], backward.needs, saved["cu_seqlens"]
-    gradients = Gradients(**{name: _own(backward, saved[name]) for name in ("hidden", "weight", "bias")})
+    gradients = Gradients(**{name: _own(backward, saved[name], grad) for name in ("hidden", "weight", "bias")})
     if needs["hidden"]:
         # A saturated sequence (slope 0) has gradient 0, even where the upstream gradient is not finite.
         slopes, rows = torch.where(saved["slopes"] == 0, 0.0, saved["slopes"] * grad), gradients.hidden.shape[:-1]

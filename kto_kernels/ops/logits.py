@@ -214,7 +214,7 @@ def _gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[str, 
     call = LogitsBackward(grad=grad, **saved)
     if not in_place:
         return {"logits": logits_backward(call, numbers).logits}
-    backward.spend()
+    backward.spend(grad)
     logits_backward_(call, numbers)
     return {"logits": call.logits.detach()}
 

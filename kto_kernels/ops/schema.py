@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
@@ -198,7 +199,7 @@ def observed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0  # such as that of torch.set_default_device
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
     )
@@ -457,8 +458,19 @@ class Backward:
         if self._ctx.spent:
             raise RuntimeError(message)
 
-    def spend(self) -> None:
-        """Notes that this backward overwrites a saved tensor."""
+    def spend(self, upstream: Tensor) -> None:
+        """Notes that this backward overwrites a saved tensor, which only one upstream gradient may do.
+
+        Raises:
+            NotImplementedError: PyTorch's `vmap` runs the backward for many upstream gradients at once.
+        """
+        if not torch.compiler.is_compiling() and (
+            functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+        ):
+            raise NotImplementedError(
+                "kto_kernels: this backward overwrites what the forward formed, for one upstream gradient; many at once "
+                "(is_grads_batched=True, vectorize=True) are not supported, so call torch.autograd.grad once for each"
+            )
         self._ctx.spent.append(True)
 
 

@@ -703,25 +703,22 @@ def test_machine_code_reads_vectors_and_spills_nothing(target):
     )
     assert {row["target"] for row in machine_code} == {target}
     assert [row for row in machine_code if row["spills"] > 0] == []
-    unroll = launchers.UNROLL
     for row in machine_code if target != "gfx942" else []:
         loads, stores = row["loads"], row["stores"]
         if row["kernel"] == "sequences":  # reads log-probabilities, one a thread
             continue
+        vectors = launchers.SHORT_UNROLL if re.search("(softcap|outputs).*float16", row["variant"]) else launchers.UNROLL
         if row["kernel"] == "logits_backward":
-            vectors = launchers.SHORT_UNROLL if "softcap" in row["variant"] else unroll
             assert loads["128"] == vectors + 1, row
             assert stores["128"] == 2 * vectors + 2, row  # a loop for aligned rows, and one for the others
         elif row["kernel"] == "chunk":
-            short = re.search("softcap|outputs.*float16", row["variant"])
-            vectors = launchers.SHORT_UNROLL if short else unroll
             passes = 3 if "gradient" in row["variant"] else 2  # as the others, then once more to overwrite
             assert loads["128"] == passes * vectors + passes - 1, row
             assert stores.get("128", 0) == (passes - 2) * (vectors + 1), row
         elif row["kernel"] == "scale":
-            assert loads["128"] == stores["128"] == unroll, row
+            assert loads["128"] == stores["128"] == vectors, row
         else:
-            assert loads["128"] == 2 * unroll + 1, row  # a tile, the label's tile, the last one's vectors
+            assert loads["128"] == 2 * vectors + 1, row  # a tile, the label's tile, the last one's vectors
             if "float16" in row["variant"]:
                 assert loads["16"] == 2, row
 

@@ -180,3 +180,15 @@ def test_an_entropy_has_its_own_backward():
     for outputs in (logps, entropy):
         with pytest.raises(RuntimeError, match=HANDED_OVER):
             gradient(outputs.sum(), hidden)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_many_upstream_gradients_at_once_are_right_or_a_clear_error(name):
+    function, x, message = calls()[name]
+    leaf, upstream = x.clone().requires_grad_(), torch.tensor([1.0, -2.0])
+    if message is not None:
+        with pytest.raises(NotImplementedError, match="many at once .* are not supported"):
+            torch.autograd.grad(function(leaf), leaf, upstream, is_grads_batched=True)
+        return
+    (found,) = torch.autograd.grad(function(leaf), leaf, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, upstream.view(2, *[1] * x.dim()) * expected(function, x))

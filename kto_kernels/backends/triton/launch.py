@@ -47,8 +47,7 @@ THREADS = 128
 # load while others compute.
 CHUNK_THREADS, CHUNK_PROGRAMS, CHUNK_CACHE = 1024, 4, 0.75
 UNROLL = 4  # vectors of 16 bytes that a thread loads before it uses the first
-# Under a softcap in chunks and gradients, and in chunks with outputs of 16-bit logits: with more, registers would spill.
-SHORT_UNROLL = 2
+SHORT_UNROLL = 2  # under a softcap and in chunks with outputs, for 16-bit logits: with more, registers would spill
 MAX_SPLITS = 64
 
 # Launch parameters ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,6 +56,10 @@ MAX_SPLITS = 64
 def blocks(dtype: torch.dtype, threads: int = THREADS, unroll: int = UNROLL) -> dict[str, int]:
     """A kernel's block sizes, which depend on no shape; VECTOR is how many elements are 16 bytes."""
     return {"UNROLL": unroll, "THREADS": threads, "VECTOR": 16 // dtype.itemsize}
+
+
+def unroll(dtype: torch.dtype, scale: Scale, outputs: tuple[str, ...] = ()) -> int:
+    return SHORT_UNROLL if dtype.itemsize < 4 and (scale.softcap is not None or outputs) else UNROLL
 
 
 def options(hip: bool, warp_size: int, threads: int) -> dict[str, int]:
@@ -161,7 +164,7 @@ def _scoring_arguments(rows: Rows, scale: Scale) -> dict:
         "ignore_index": rows.ignore_index,
         "SHIFT": rows.shift,
         **_scale_arguments(scale),
-        **blocks(rows.logits.dtype),
+        **blocks(rows.logits.dtype, unroll=unroll(rows.logits.dtype, scale)),
     }
 
 
@@ -315,8 +318,6 @@ class TritonBackend(Backend):
             "out_stride_t": out_t,
             "splits": splits,
         }
-        if scale.softcap is not None:  # see SHORT_UNROLL
-            arguments["UNROLL"] = SHORT_UNROLL
         _launch(kernels.logits_backward_kernel, device, rows.n_rows * splits, arguments)
 
     def score_chunk(
@@ -324,8 +325,6 @@ class TritonBackend(Backend):
     ) -> ChunkScores:
         device, (count, vocab) = logits.device, logits.shape
         scores = ChunkScores.empty(labels, outputs)
-        short = scale.softcap is not None or (outputs and logits.dtype != torch.float32)
-        unroll = SHORT_UNROLL if short else UNROLL
         threads = chunk_threads(vocab * logits.element_size(), gpu.processors(device), gpu.cache_bytes(device))
         if count > 0:
             arguments = {
@@ -337,7 +336,7 @@ class TritonBackend(Backend):
                 **_scale_arguments(scale),
                 **vars(scores),
                 "GRADIENT": gradient,
-                **blocks(logits.dtype, threads, unroll),
+                **blocks(logits.dtype, threads, unroll(logits.dtype, scale, outputs)),
             }
             _launch(chunk_kernels.chunk_kernel, device, count, arguments)
         return scores

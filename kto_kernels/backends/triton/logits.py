@@ -45,7 +45,7 @@ def token_logps_kernel(
     tokens: tl.int32,
     vocab: tl.int32,
     ignore_index: tl.int64,
-    inner: tl.float64,
+    inner: tl.float32,
     outer: tl.float64,
     rate: tl.float32,
     logps,  # (N,)
@@ -109,7 +109,7 @@ def forward_kernel(
     kl_tokens: tl.int32,
     vocab: tl.int32,
     ignore_index: tl.int64,
-    inner: tl.float64,
+    inner: tl.float32,
     outer: tl.float64,
     rate: tl.float32,
     desirable,  # (B,) bool
