@@ -105,6 +105,8 @@ def flag(name: str, value: object) -> bool:
 
 
 def integer(name: str, value: object) -> int:
+    if isinstance(value, torch.SymInt):  # of a graph that torch.compile makes for all values; they are checked as it runs
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:

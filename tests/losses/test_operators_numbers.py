@@ -127,6 +127,18 @@ def test_an_estimate_below_zero_and_whole_numbers():
     assert graphs(function, x, "beta", [2, 3, 4, 5]) <= 2
 
 
+WHOLE = {"ignore_index": [-100, -1, 3, 5, 8], "max_logits_bytes": [1 << 20, 500, 700, 900]}
+FUNCTIONS = [name for name in calls() if name != "kto_loss_from_logps" and "KTOLoss" not in name]
+WHOLE_CASES = [(name, "ignore_index") for name in FUNCTIONS]
+WHOLE_CASES += [(name, "max_logits_bytes") for name in FUNCTIONS if name.startswith("linear")]
+
+
+@pytest.mark.parametrize(("name", "option"), WHOLE_CASES)
+def test_a_whole_number_that_changes_takes_two_graphs(name, option):
+    function, x, _ = calls()[name]
+    assert graphs(function, x, option, WHOLE[option]) <= 2
+
+
 def test_a_softcap_that_comes_and_goes():
     """Whether there is one is a graph of its own; its value is not."""
     function, x, _ = calls()["linear_token_logps, frozen head"]
