@@ -5,24 +5,48 @@
 #
 # tests: correctness of each backend, then NVIDIA's compute-sanitizer. benchmarks: a small gate, then the most valuable
 # results first. table: what was predicted, beside what OUT has. Everything goes into the folder OUT (default:
-# benchmarks/results): PART.log, tests-*.xml, COMMAND-DEVICE.json, predictions-DEVICE.md, and first-run.tar.gz of them all.
-# A step that is cut off leaves what it had. The exit status is 1 where a step failed or did not end in time.
+# benchmarks/results): PART.log, tests-*.xml, COMMAND-DEVICE.json, predictions-DEVICE.md, and first-run.tar.gz of them
+# all. A step that is cut off leaves what it had. The exit status is 1 where a step failed or did not end in time, and 2
+# where nothing could begin.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+usage() {
+  [ $# -eq 0 ] || echo "run_gpu.sh: $*" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
 parts=(tests benchmarks table)
-case ${1:-} in
-  tests | benchmarks | table) parts=("$1") && shift ;;
-  all) shift ;;
+case ${1:-all} in
+  tests | benchmarks | table) parts=("$1") ;;
+  all) ;;
+  -h | --help) usage ;;
+  *) usage "$1: expected tests, benchmarks, table or all" ;;
 esac
-out=$(realpath -m "${1:-benchmarks/results}")
 shift || true
-mkdir -p "$out"
+case ${1:-} in
+  -*) usage "$1: options come behind the folder OUT" ;;
+  "") out=$(dirname "${BASH_SOURCE[0]}")/results ;;
+  *) out=$1 ;;
+esac
+shift || true
+slower=${RUN_GPU_SLOWER:-1} # all limits times this: for a trial on a busy CPU
+[[ $slower =~ ^[1-9][0-9]*$ ]] || usage "RUN_GPU_SLOWER: expected a whole number from 1 on, got $slower"
+out=$(realpath -m -- "$out") && mkdir -p -- "$out" || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 device=cuda
 for ((i = 1; i < $#; i++)); do
   if [ "${!i}" = --device ]; then j=$((i + 1)) && device=${!j}; fi
 done
 python=${PYTHON:-python}
-slower=${RUN_GPU_SLOWER:-1} # all limits times this: for a trial on a busy CPU
+# What is most often missing, in a second instead of one traceback for each step.
+[ "$device" != cuda ] || [ "${parts[*]}" = table ] || "$python" -c '
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"run_gpu.sh: no PyTorch for this Python ({error}); set PYTHON to the one that has it")
+if not torch.cuda.is_available():
+    build = "has no CUDA" if torch.version.cuda is None else f"is for CUDA {torch.version.cuda}; see nvidia-smi"
+    raise SystemExit(f"run_gpu.sh: PyTorch finds no CUDA device; torch {torch.__version__} {build}")
+' || exit 2
 gate=$(mktemp)
 trap 'rm -f "$gate"' EXIT
 failed=()

@@ -105,7 +105,9 @@ def flag(name: str, value: object) -> bool:
 
 
 def integer(name: str, value: object) -> int:
-    if isinstance(value, torch.SymInt):  # of a graph that torch.compile makes for all values; they are checked as it runs
+    if isinstance(
+        value, torch.SymInt
+    ):  # of a graph that torch.compile makes for all values; they are checked as it runs
         return value
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
@@ -270,12 +272,18 @@ def kl_source(
     loss_type: str,
     kl: Tensor | float | None,
     like: Tensor,
+    values: tuple[str, ...],
     *,
     has_reference: bool,
     has_kl: bool,
     has_ref_kl: bool,
 ) -> None:
-    """Checks that there is one source of the reference point under "kto", and none under "apo_zero_unpaired"."""
+    """Checks that there is one source of the reference point under "kto", and none under "apo_zero_unpaired". `values`
+    are what the function takes beside numbers and before "logps": logits, hidden states, or nothing."""
+
+    def names(prefix: str, joint: str) -> str:
+        return joint.join(f"{prefix}{each}" for each in (*values, "logps"))
+
     if loss_type == "apo_zero_unpaired":
         if kl is not None or has_kl or has_ref_kl:
             raise ValueError("kl: loss_type='apo_zero_unpaired' has z0 = 0 and takes no KL source")
@@ -283,16 +291,16 @@ def kl_source(
     if kl is not None and (has_kl or has_ref_kl):
         raise ValueError("kl: expected one KL source, got kl and kl_*/ref_kl_*")
     if has_ref_kl and not has_kl:
-        raise ValueError("ref_kl_logits, ref_kl_logps: go with kl_logits or kl_logps, got neither")
+        raise ValueError(f"{names('ref_kl_', ', ')}: go with {names('kl_', ' or ')}, got neither")
     if kl is None and not has_kl:
         raise ValueError(
-            "kl: loss_type='kto' needs a KL source: kl, kl_logps or kl_logits. For a reference point of zero ask for "
+            f"kl: loss_type='kto' needs a KL source: kl or {names('kl_', ' or ')}. For a reference point of zero ask for "
             "kl=0.0 (loss_type='apo_zero_unpaired' is the same by definition)"
         )
     if has_kl and has_reference and not has_ref_kl:
-        raise ValueError("ref_kl_logits, ref_kl_logps: needed with a reference model, got neither")
+        raise ValueError(f"{names('ref_kl_', ', ')}: needed with a reference model, got neither")
     if has_ref_kl and not has_reference:
-        raise ValueError("ref_kl_logits, ref_kl_logps: go with ref_logits or ref_logps, got neither")
+        raise ValueError(f"{names('ref_kl_', ', ')}: go with {names('ref_', ' or ')}, got neither")
     if isinstance(kl, Tensor):
         tensor("kl", kl, FLOATS, like)
         shape("kl", kl, (), "one number")
@@ -392,7 +400,13 @@ def scored_lengths(name: str, value: object, count: int, labels: Tensor, shift: 
             raise ValueError(f"{name}: expected ints, or a tensor on the CPU, got device {value.device}")
         shape(name, value, (count,), "one per sequence")
         if has_values(value):
-            _lengths_in_range(name, value.tolist(), labels, shift)
+            try:
+                lengths = value.tolist()
+            except RuntimeError as error:  # a wrapper of other tensors
+                raise TypeError(
+                    f"{name}: expected ints, or a plain tensor of them, got {type(value).__name__}"
+                ) from error
+            _lengths_in_range(name, lengths, labels, shift)
         return value.to(torch.int64, copy=True)  # the caller may fill this memory again before the backward
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list of ints, or a tensor on the CPU, got {type(value).__name__}")

@@ -46,13 +46,14 @@ class Call:
 
     def check_values(self) -> None:
         """Checks all values that may be read before the first product of hidden states, where each side would find its
-        own. (An operator checks its rows again, because a graph calls it alone; of logits there is one operator.)"""
+        own. (An operator checks its rows again, because a graph calls it alone; of logits there is one operator. Labels
+        that wrap other tensors are left to it, which gets them unwrapped.)"""
         inputs = self.inputs
         if inputs.kind != "hidden" or not checks.readable(inputs.labels):
             return
         backend = select(self.scoring.backend, inputs.policy.device, inputs.dtype, "hidden, weight")
         for each in (inputs.judged, inputs.mismatched):
-            if each.labels is not None:
+            if each.labels is not None and checks.plain(each.labels):
                 check_values(each, self.scoring, self.vocab, backend)
 
     def counted(self) -> Call:

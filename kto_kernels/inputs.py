@@ -233,6 +233,7 @@ class Inputs:
             objective.loss_type,
             self.kl_value,
             self.policy,
+            () if self.kind == "logps" else (self.kind,),
             has_reference=self.ref is not None or self.ref_logps is not None,
             has_kl=self.kl is not None or self.kl_logps is not None,
             has_ref_kl=self.ref_kl is not None or self.ref_kl_logps is not None,

@@ -153,7 +153,8 @@ def kto_loss(
         ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other; the message
             names it. The values of labels and offsets on a GPU are not looked at (this would wait for the device) but
             under KTO_KERNELS_DEBUG=1, see `kto_kernels.checks`.
-        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call; or, with
+            `inplace_backward`, the backward gets many upstream gradients at once.
         RuntimeError: the backend named is not available; another rank of a group has other options or failed its
             checks; or, in the backward, the gradient is differentiated again, or the logits have been overwritten.
 
@@ -336,7 +337,8 @@ def linear_kto_loss(
         ValueError: an argument has a wrong shape, device or value, arguments exclude or lack each other, or
             `max_logits_bytes` holds not one row of logits; the message names the argument. The values of labels and
             offsets on a GPU are not looked at (this would wait for the device) but under KTO_KERNELS_DEBUG=1.
-        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call.
+        NotImplementedError: `torch.func` or forward-mode differentiation is applied to the call; or the backward gets
+            many upstream gradients at once (`is_grads_batched=True`) where the forward formed the gradients.
         RuntimeError: the backend named is not available; another rank of a group has other options or failed its
             checks; or, in the backward, the gradient is differentiated again, or asked for a second time (the first
             backward hands it over).

@@ -15,7 +15,8 @@ def addition(device: torch.device) -> Addition:
     """How a product of 16-bit factors is added to an fp32 sum on `device`.
 
     Returns:
-        "addmm", `torch.addmm(out_dtype=)` into the sum, from PyTorch 2.10 on. "baddbmm" before: there addmm wants the
+        "addmm", `torch.addmm(out_dtype=)` into the sum, from PyTorch 2.10 on. "baddbmm" before, development versions of
+        2.10 included, which may lack it: there addmm wants the
         sum in the dtype of the factors, while `torch.baddbmm(out_dtype=, out=)` takes an fp32 `out` and adds to what it
         holds. "parts", where the device has no such GEMM: a ROCm build, whose tensors also say `is_cuda`, refuses fp32
         results of 16-bit factors, and other devices lack the overloads.

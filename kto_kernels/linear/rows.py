@@ -97,13 +97,8 @@ def scored_counts(scored: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def check_values(completions: Completions, scoring: Scoring, vocab: int, backend: Backend) -> None:
-    """Checks the values of labels, offsets and `scored_lengths`, where they may be read. Outside the operators the labels
-    may be a wrapper of tensors, which only PyTorch reads."""
-    if checks.plain(completions.labels):
-        backend.check_values(completions, vocab, scoring.ignore_index)
-    else:
-        given = (completions.labels, completions.cu_seqlens)
-        checks.row_values(*given, vocab, scoring.ignore_index, completions.prefix)
+    """Checks the values of labels, offsets and `scored_lengths`, where they may be read."""
+    backend.check_values(completions, vocab, scoring.ignore_index)
     given = completions.scored_lengths
     if given is not None:
         counts = scored_counts(scored_targets(completions, scoring, vocab)[1], completions.cu_seqlens)

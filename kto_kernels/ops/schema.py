@@ -468,8 +468,8 @@ class Backward:
             functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
         ):
             raise NotImplementedError(
-                "kto_kernels: this backward overwrites what the forward formed, for one upstream gradient; many at once "
-                "(is_grads_batched=True, vectorize=True) are not supported, so call torch.autograd.grad once for each"
+                "kto_kernels: this backward overwrites a tensor that was saved for it, so that it takes one upstream "
+                "gradient; many at once (is_grads_batched=True, vectorize=True) are not supported"
             )
         self._ctx.spent.append(True)
 

@@ -707,7 +707,9 @@ def test_machine_code_reads_vectors_and_spills_nothing(target):
         loads, stores = row["loads"], row["stores"]
         if row["kernel"] == "sequences":  # reads log-probabilities, one a thread
             continue
-        vectors = launchers.SHORT_UNROLL if re.search("(softcap|outputs).*float16", row["variant"]) else launchers.UNROLL
+        vectors = (
+            launchers.SHORT_UNROLL if re.search("(softcap|outputs).*float16", row["variant"]) else launchers.UNROLL
+        )
         if row["kernel"] == "logits_backward":
             assert loads["128"] == vectors + 1, row
             assert stores["128"] == 2 * vectors + 2, row  # a loop for aligned rows, and one for the others

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import predictions
 from benchmarks.__main__ import parser
@@ -39,7 +40,7 @@ class Machine:
         path.chmod(0o755)
         return path
 
-    def run(self, *arguments: str, trouble: str = "", slower: int = 1) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, trouble: str = "", slower: float = 1) -> subprocess.CompletedProcess:
         python = self.program("python", trouble)
         path = f"{self.tools}:/usr/bin:/bin"
         more = {"PYTHON": str(python), "RUN_GPU_SLOWER": str(slower), "PATH": path, "CUDA_HOME": str(self.folder)}
@@ -71,7 +72,7 @@ def machine(tmp_path):
 
 
 def test_everything_is_run_and_in_order(machine):
-    done = machine.run(str(machine.out), "--quick", *OPTIONS)
+    done = machine.run("all", str(machine.out), "--quick", *OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert machine.modules() == ["kto_kernels", "pytest", *["benchmarks"] * (len(BENCHMARKS) + 2)]
     *timed, inspect, table = machine.benchmarks()
@@ -141,6 +142,37 @@ def test_pytest_knows_the_options(machine, suite):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 5 and "deselected" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("test", "out"), "test: expected tests, benchmarks, table or all"),
+        (("tests", "--quick"), "--quick: options come behind the folder OUT"),
+        (("--help",), "The first hour on a GPU"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(machine, arguments, said):
+    done = machine.run(*arguments)
+    assert done.returncode == 2 and said in done.stderr and not (machine.folder / "asked").exists()
+
+
+def test_limits_are_multiplied_by_whole_numbers_only(machine):
+    done = machine.run("tests", str(machine.out), slower=1.5)
+    assert done.returncode == 2 and "RUN_GPU_SLOWER: expected a whole number" in done.stderr
+
+
+def test_what_is_missing_is_said_before_any_work(machine):
+    """Without PyTorch, or with one that finds no CUDA device."""
+    python = machine.program("without", 'exec python3 -S -I "$@"')
+    for program, said in ((python, "no PyTorch for this Python"), (sys.executable, "PyTorch finds no CUDA device")):
+        if "finds" in said and torch.cuda.is_available():
+            continue
+        done = subprocess.run(
+            ["bash", "benchmarks/run_gpu.sh", "tests", str(machine.out)],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": str(program)},
+        )  # fmt: skip
+        assert done.returncode == 2 and said in done.stderr and list(machine.out.iterdir()) == []
 
 
 def test_nothing_is_measured_behind_a_gate_that_failed(machine):

@@ -187,7 +187,7 @@ def test_many_upstream_gradients_at_once_are_right_or_a_clear_error(name):
     function, x, message = calls()[name]
     leaf, upstream = x.clone().requires_grad_(), torch.tensor([1.0, -2.0])
     if message is not None:
-        with pytest.raises(NotImplementedError, match="many at once .* are not supported"):
+        with pytest.raises(NotImplementedError, match=r"many at once .* are not supported"):
             torch.autograd.grad(function(leaf), leaf, upstream, is_grads_batched=True)
         return
     (found,) = torch.autograd.grad(function(leaf), leaf, upstream, is_grads_batched=True)

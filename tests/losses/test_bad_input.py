@@ -182,7 +182,7 @@ TABLE = {
     "KL reference alone": (LOSSES, {"kl": None, "ref_logps": S, "ref_kl_logps": SK}, ValueError, "ref_kl_logps: go with"),
     "KL reference missing": (LOSSES, {"kl": None, "ref_logps": S, "kl_logps": SK}, ValueError, "ref_kl_logps: needed with a ref"),
     "KL reference without a reference": (
-        LOSSES, {"kl": None, "kl_logps": SK, "ref_kl_logps": SK}, ValueError, "ref_kl_logps: go with ref_logits",
+        LOSSES, {"kl": None, "kl_logps": SK, "ref_kl_logps": SK}, ValueError, "ref_kl_logps: go with ref_",
     ),
     "KL labels missing": (KL_ROWS, kl_rows(kl_labels=None), ValueError, "kl_labels: needed with kl_(logits|hidden)"),
     "KL labels alone": (KL_ROWS, {"kl_labels": KL_LABELS}, ValueError, "kl_labels, kl_cu_seqlens: go with kl_"),
@@ -290,6 +290,9 @@ def test_bad_input_is_an_error_that_names_the_argument(function, row):
     with pytest.raises(error, match=message) as raised:
         call(function, changes)
     assert re.match(r"[a-z_0-9, ]+: ", str(raised.value))
+    # Arguments of another function are no help.
+    others = re.findall(r"\b(?:ref_|kl_|ref_kl_)(?:logits|hidden|logps)\b", str(raised.value))
+    assert {*others} <= {*inspect.signature(function).parameters}
 
 
 @pytest.mark.parametrize("function", VALID, ids=[f.__name__ for f in VALID])

@@ -97,6 +97,30 @@ def test_upstream_gradients_may_be_lazy(name, kind):
         assert torch.equal(*gradients), trained
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_may_be_mapped_over(name):
+    """By `vmap`, whose tensors have no memory."""
+    function, tensors = CALLS[name]
+    (expected,) = result(function, tensors)
+    for argument, tensor in tensors.items():
+        mapped = torch.vmap(lambda x, name=argument: result(function, tensors | {name: x})[0])(
+            torch.stack([tensor, tensor])
+        )
+        torch.testing.assert_close(mapped, torch.stack([expected, expected]), msg=argument)
+
+
+def test_labels_of_another_kind_may_come_with_their_lengths():
+    function, tensors = CALLS["linear_kto_loss, kl"]
+    labels = TwoTensor(LABELS, LABELS)
+    (expected,) = result(function, tensors)
+    assert torch.equal(*result(function, tensors | {"labels": labels, "scored_lengths": [5, 5, 5]}), expected)
+    with pytest.raises(ValueError, match=r"^scored_lengths: expected"):
+        result(function, tensors | {"labels": labels, "scored_lengths": [5, 5, 4]})
+    lengths = torch.tensor([5, 5, 5])
+    with pytest.raises(TypeError, match=r"^scored_lengths: expected ints, or a plain tensor"):
+        result(function, tensors | {"scored_lengths": TwoTensor(lengths, lengths)})
+
+
 def test_fake_tensors_need_no_mode_around_the_call():
     with FakeTensorMode():
         hidden, weight = torch.randn(3, 5, 7), torch.randn(11, 7, requires_grad=True)

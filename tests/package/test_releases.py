@@ -36,6 +36,7 @@ def no_overload(*arguments, **options):
 BUILDS = {  # name → release, ROCm, the overloads there, how products are added
     "2.8": ("2.8.0+cu128", None, addmm_of_2_8, baddbmm_of_2_8, "baddbmm"),
     "2.9": ("2.9.1+cu128", None, addmm_of_2_8, baddbmm_of_2_8, "baddbmm"),
+    "2.10 in development": ("2.10.0a0+b4e4ee8.nv25.12", None, addmm_of_2_8, baddbmm_of_2_8, "baddbmm"),
     "2.10": ("2.10.0+cu128", None, addmm_of_2_10, no_overload, "addmm"),
     "2.13": ("2.13.0+cu130", None, addmm_of_2_10, no_overload, "addmm"),
     "2.9 with ROCm": ("2.9.1+rocm6.4", "6.4", no_overload, no_overload, "parts"),
