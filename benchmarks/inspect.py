@@ -30,7 +30,7 @@ from kto_kernels.options import OUTPUTS, Objective, Scale
 from kto_kernels.records import Closing, Rows, Side
 
 from . import nvcc, sass
-from .measure import in_fresh_process
+from .measure import Failed, in_fresh_process
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
@@ -251,7 +251,10 @@ def of_checkout(checkout: Path, architectures, cuda: bool) -> list[dict]:
             if not path.is_dir():
                 raise SystemExit(f"--old: {path} is not there")
             (Path(folder) / path.name).symlink_to(path, target_is_directory=True)
-        return in_fresh_process("benchmarks.inspect", [*architectures, *(["cuda"] * cuda)], root=Path(folder))
+        try:
+            return in_fresh_process("benchmarks.inspect", [*architectures, *(["cuda"] * cuda)], root=Path(folder))
+        except Failed as error:
+            raise SystemExit(f"--old {checkout}: its launchers are not those that this file calls ({error})") from error
 
 
 def _a_logit(case: dict, loop: str) -> str:
