@@ -94,6 +94,8 @@ def run_launches(args: argparse.Namespace) -> None:
 
 
 def run_predictions(args: argparse.Namespace) -> None:
+    if not args.results.is_dir():
+        raise SystemExit(f"--results: expected a folder, got {args.results}")
     run = predictions.Run.of(args.results, args.device)
     path = args.page or args.results / f"predictions-{args.device}.md"
     path.write_text(predictions.page(run))

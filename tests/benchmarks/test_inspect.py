@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import launches, roofline, sass
+from benchmarks import inspect, launches, roofline, sass
 from kto_kernels import LinearPlan
 
 pytest.importorskip("triton")
@@ -255,3 +255,13 @@ def test_a_further_chunk_is_the_difference_of_two_and_one():
     ]
     rows += [[f"linear_kto_loss, {head}, two chunks", "forward", "2", "6", "19"]]
     assert launches.of_a_chunk(rows, head) == 12
+
+
+def test_another_checkout_must_have_the_launchers(tmp_path):
+    with pytest.raises(SystemExit, match="--old: .*kto_kernels is not there"):
+        inspect.of_checkout(tmp_path, ["sm_90"], cuda=False)
+    for name in ("kto_kernels", "csrc"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kto_kernels" / "__init__.py").write_text("")
+    with pytest.raises(SystemExit, match="its launchers are not those that this file calls"):
+        inspect.of_checkout(tmp_path, ["sm_90"], cuda=False)

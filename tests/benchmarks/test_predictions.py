@@ -347,3 +347,9 @@ def test_what_pytest_and_the_script_wrote_is_shown(folder):
 def test_the_kernels_of_the_model_are_among_those_that_are_compiled():
     compiled = {f"{name}, bfloat16" for _, table in inspect._TABLES for name in table}
     assert {variant for _, variant, _ in (*roofline.KERNELS.values(), roofline.SCORES)} <= compiled
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    args = parser().parse_args(["predictions", "--results", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^--results: expected a folder, got .*none"):
+        args.run(args)
