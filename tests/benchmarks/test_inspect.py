@@ -258,7 +258,7 @@ def test_a_further_chunk_is_the_difference_of_two_and_one():
 
 
 def test_another_checkout_must_have_the_launchers(tmp_path):
-    with pytest.raises(SystemExit, match="--old: .*kto_kernels is not there"):
+    with pytest.raises(SystemExit, match=r"--old: .*kto_kernels is not there"):
         inspect.of_checkout(tmp_path, ["sm_90"], cuda=False)
     for name in ("kto_kernels", "csrc"):
         (tmp_path / name).mkdir()
