@@ -77,7 +77,7 @@ def sum_sequences(values, sums, divisors, divide, cu_seqlens, n_rows, n_sequence
     """Writes to `sums` the sum of `values` over the tokens of each sequence; where `divide` is set, divided by
     max(1, `divisors`)."""
     if n_rows >= 256 * n_sequences:  # few long sequences
-        _sum_tiles(values, sums, divisors, divide, cu_seqlens, n_sequences, tokens, 2, 256)
+        _sum_tiles(values, sums, divisors, divide, cu_seqlens, n_sequences, tokens, 1, 512)
     else:
         _sum_tiles(values, sums, divisors, divide, cu_seqlens, n_sequences, tokens, 16, 32)
 
