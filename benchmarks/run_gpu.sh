@@ -37,7 +37,7 @@ for ((i = 1; i < $#; i++)); do
   if [ "${!i}" = --device ]; then j=$((i + 1)) && device=${!j}; fi
 done
 python=${PYTHON:-python}
-# What is most often missing, in a second instead of one traceback for each step.
+# Most first runs fail for one of two reasons: a word in a second, instead of a traceback for each step.
 [ "$device" != cuda ] || [ "${parts[*]}" = table ] || "$python" -c '
 try:
     import torch
