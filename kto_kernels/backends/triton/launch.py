@@ -47,7 +47,9 @@ THREADS = 128
 # load while others compute.
 CHUNK_THREADS, CHUNK_PROGRAMS, CHUNK_CACHE = 1024, 4, 0.75
 UNROLL = 4  # vectors of 16 bytes that a thread loads before it uses the first
-SHORT_UNROLL = 2  # under a softcap and in chunks with outputs, for 16-bit logits: with more, registers would spill
+SHORT_UNROLL = (
+    2  # where a softcap, a chunk's outputs and 16-bit logits come two together: with more, registers would spill
+)
 MAX_SPLITS = 64
 
 # Launch parameters ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,7 +61,8 @@ def blocks(dtype: torch.dtype, threads: int = THREADS, unroll: int = UNROLL) -> 
 
 
 def unroll(dtype: torch.dtype, scale: Scale, outputs: tuple[str, ...] = ()) -> int:
-    return SHORT_UNROLL if dtype.itemsize < 4 and (scale.softcap is not None or outputs) else UNROLL
+    crowded = (scale.softcap is not None) + bool(outputs) + (dtype.itemsize < 4)
+    return SHORT_UNROLL if crowded > 1 else UNROLL
 
 
 def options(hip: bool, warp_size: int, threads: int) -> dict[str, int]:
