@@ -20,9 +20,10 @@ test-all: $(VENV)/test.stamp  ## every case of every test, or with REST=1 those 
 faults: $(VENV)/test.stamp  ## the faults that users found, numbered as in docs/trust.md: one test each, and how many pass
 	$(BIN)/python -m pytest -q -n 2 -m fault
 
+EXAMPLES ?= 1000
 PTX_CASES ?= 3000
-fuzz: $(VENV)/test.stamp  ## property tests and compiled kernels on thousands of new cases, or with SEED=number on always the same
-	$(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/losses/test_properties.py tests/losses/test_invariances.py tests/losses/test_plan.py
+fuzz: $(VENV)/test.stamp  ## property tests and compiled kernels on thousands of new cases, or with SEED=number on always the same; EXAMPLES of a property
+	EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n 2 --hypothesis-profile=nightly $(if $(SEED),--hypothesis-seed=$(SEED)) tests/losses/test_properties.py tests/losses/test_invariances.py tests/losses/test_plan.py
 	$(BIN)/python -m tests.support.ptx --cases $(PTX_CASES) $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.support.ptx.mutants
 

@@ -130,7 +130,7 @@ def _sequences(dtype, given, average, divisor):
     launchers.TritonBackend().close_sequences(closing, Objective(0.1, 1.0, 1.0, average, "mean"))
 
 
-_TABLES = (
+TABLES = (
     (_token_logps, _TOKEN_LOGPS),
     (_forward, _FORWARD),
     (_backward, _BACKWARD),
@@ -143,7 +143,7 @@ _TABLES = (
 def variants() -> Iterator[tuple[str, object, dict]]:
     """(name, kernel, arguments) of each, as a launcher would launch them."""
     for dtype in DTYPES:
-        for call, table in _TABLES:
+        for call, table in TABLES:
             for name, choices in table.items():
                 if dtype == torch.float16 and name not in ("padded", "logits", "loss", "scores, gradient", "in place"):
                     continue  # differs from bf16 by one conversion: once a kernel is enough

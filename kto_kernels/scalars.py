@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 def data(number: float | Tensor) -> float | Tensor:
     """A number for arithmetic on tensors: a () fp64 tensor on the CPU where torch.compile has found that the number
     changes from call to call, else the number as it is."""
-    if isinstance(number, Tensor) or not torch.compiler.is_compiling() or has_static_value(number):
+    if isinstance(number, Tensor) or not torch.compiler.is_compiling():
+        return number
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy, as the compiler has done
+
+    if has_static_value(number):
         return number
     return torch.ones((), dtype=torch.float64, device="cpu") * number
 

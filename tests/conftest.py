@@ -20,7 +20,8 @@ with contextlib.suppress(ImportError):
 
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     settings.register_profile("test", derandomize=True, deadline=None, print_blob=True, suppress_health_check=slow)
-    settings.register_profile("nightly", settings.get_profile("test"), derandomize=False, max_examples=1000)
+    examples = int(os.environ.get("EXAMPLES", "1000"))
+    settings.register_profile("nightly", settings.get_profile("test"), derandomize=False, max_examples=examples)
     settings.load_profile("test")
 
 # How many faults docs/trust.md numbers.
@@ -34,6 +35,7 @@ torch.set_num_threads(THREADS)
 def pytest_addoption(parser):
     parser.addoption("--short", action="store_true", help="one case of each test, as in `make test`")
     parser.addoption("--rest", action="store_true", help="the cases that --short leaves out")
+    parser.addoption("--every-dtype", action="store_true", help="in Triton's interpreter too, where dtypes take turns")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,14 +45,19 @@ def pytest_collection_modifyitems(config, items):
         # A property of the report, so that it comes back from the processes of pytest-xdist.
         for marker in item.iter_markers("fault"):
             item.user_properties += [("fault", number) for number in marker.args]
+    if not config.option.every_dtype:
+        _keep(config, items, short.in_turn)
     config.stash[short.CASES] = {
         name: (cases, short.representative(name, cases)) for name, cases in short.functions(items).items()
     }
     if config.option.short or config.option.rest:
         kept = {case for _, cases in config.stash[short.CASES].values() for case in cases}
-        left = [item for item in items if (item in kept) != config.option.short]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        _keep(config, items, lambda item: (item in kept) == config.option.short)
+
+
+def _keep(config, items, wanted):
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 def pytest_terminal_summary(terminalreporter, config):

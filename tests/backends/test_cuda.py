@@ -4,7 +4,6 @@ the compiler makes of them; the extension on a machine without a driver. With a 
 import functools
 import importlib
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from kto_kernels.records import Rows
 from tests.losses import test_numerics
 from tests.losses.test_kto_loss import CASES
 from tests.support.harness import assert_as_accurate, check, dtypes, ours, problem
+from tests.support.ptx import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,8 +293,7 @@ def test_scaling_by_one_touches_nothing(factor_dtype, emulation):
 
 # Compiled kernels ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-nvcc = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
-needs_nvcc = pytest.mark.skipif(nvcc is None, reason="nvcc is not there: nothing compiled")
+needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="nvcc is not there: nothing compiled")
 architectures = pytest.mark.parametrize(
     "arch", [pytest.param(80, marks=pytest.mark.wide), 90, pytest.param(100, marks=pytest.mark.wide)]
 )
@@ -306,13 +305,12 @@ KERNELS = 3 * (4 * 2 + 1) + 1
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """`compiled(architecture)`: (cubin, what ptxas says)."""
-    folder = tmp_path_factory.mktemp("cubins")
-    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
+    folder, ptxas = tmp_path_factory.mktemp("cubins"), Path(build.nvcc()).resolve().with_name("ptxas")
 
     @functools.cache
     def compiled(arch):
         cubin = folder / f"sm_{arch}.cubin"
-        command = [nvcc, *flags, f"-arch=sm_{arch}", str(ROOT / "csrc/cuda/kernels.cu"), "-o", str(cubin)]
+        command = [ptxas, "-v", "-O3", f"-arch=sm_{arch}", build.ptx(ROOT / "csrc", arch), "-o", cubin]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
         return cubin, run.stdout + run.stderr

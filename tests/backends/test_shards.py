@@ -12,7 +12,7 @@ from kto_kernels.options import OUTPUTS, Scale
 from kto_kernels.parallel import vocabulary as shards
 from kto_kernels.parallel.groups import VocabShard
 from kto_kernels.records import ELSEWHERE, Rows, local_labels
-from tests.support.harness import assert_as_accurate, dtypes, kernel_places, places
+from tests.support.harness import assert_as_accurate, dtypes, kernel_places, lengthy_places, places
 
 # Columns of each rank: uneven, none (first, in between, last), one, more than any kernel takes at once.
 SPLITS = [(150, 150), (1, 0, 298, 1), (0, 300), (77, 130, 93, 0)]
@@ -86,7 +86,7 @@ def sharded_chunk(monkeypatch, place, logits, labels, scale, sizes, outputs=OUTP
     return first, torch.cat([part for _, part in results], -1)
 
 
-@places
+@lengthy_places
 @dtypes
 @pytest.mark.parametrize(("scale", "sizes"), list(zip(SCALES, SPLITS)), ids=str)
 def test_a_chunk_in_parts_equals_the_whole(monkeypatch, place, dtype, scale, sizes):

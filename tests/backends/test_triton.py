@@ -689,23 +689,25 @@ def test_another_release_of_triton_goes_its_own_way(version, known, caplog):
 # The machine code ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# Which of the dtypes of `inspect.DTYPES`, the first of which is bf16.
-WIDE = [("sm_90", slice(1, None))]
-WIDE += [(target, slice(None)) for target in ("sm_80", "sm_89", "sm_100", "sm_120", "gfx942")]
+# Which of the dtypes of `inspect.DTYPES`, the first of which is bf16, and which of the kernels of `inspect.TABLES`.
+BF16, BACKWARD = "DTYPES[:1]", "[each for each in TABLES if each[0] is _backward]"
+WIDE = [("sm_90", BF16, "[each for each in TABLES if each[0] is not _backward]"), ("sm_90", "DTYPES[1:]", "TABLES")]
+WIDE += [(target, "DTYPES", "TABLES") for target in ("sm_80", "sm_89", "sm_100", "sm_120", "gfx942")]
 
 
 @pytest.mark.parametrize(
-    ("target", "dtypes"), [("sm_90", slice(0, 1)), *(pytest.param(*case, marks=pytest.mark.wide) for case in WIDE)]
+    ("target", "dtypes", "tables"),
+    [("sm_90", BF16, BACKWARD), *(pytest.param(*case, marks=pytest.mark.wide) for case in WIDE)],
 )
-def test_machine_code_reads_vectors_and_spills_nothing(target, dtypes):
+def test_machine_code_reads_vectors_and_spills_nothing(target, dtypes, tables):
     """By the release of Triton that is here; `make test-versions-all` compiles by others. Aligned or not: on NVIDIA all
     loads of logits are 128 bits wide but the edge's and the label's. The backward has a second path for a gradient that
     is aligned otherwise than the logits, with stores as wide."""
     targets = ((), True) if target == "gfx942" else ((target,), False)
-    of_dtypes = f"inspect.DTYPES = inspect.DTYPES[{dtypes}]"
+    chosen = f"exec('DTYPES, TABLES = {dtypes}, {tables}', vars(inspect))"
     found = f"json.dumps(inspect.inspect(*{targets}))"
     machine_code = json.loads(
-        in_fresh_process(f"import json; from benchmarks import inspect; {of_dtypes}; print({found})")
+        in_fresh_process(f"import json; from benchmarks import inspect; {chosen}; print({found})")
     )
     assert {row["target"] for row in machine_code} == {target}
     assert [row for row in machine_code if row["spills"] > 0] == []

@@ -58,7 +58,6 @@ def quick(tmp_path_factory):
 MINE = "linear_kto_loss, cpu"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("benchmark", [name for name in report.BENCHMARKS if name not in ("inspect", "overhead")])
 def test_every_command_prints_and_writes(quick, benchmark):
     result, output = quick(benchmark)
@@ -73,7 +72,6 @@ def test_every_command_prints_and_writes(quick, benchmark):
         assert title[:12] in output
 
 
-@pytest.mark.alone
 def test_the_table_of_logits_shows_every_row_and_share(quick):
     head, *rows = report.logits_table(quick("logits")[0])
     assert len(rows) == 2 + 3 + 1  # naive with and without backward, ours three times, the yardstick
@@ -81,7 +79,6 @@ def test_the_table_of_logits_shows_every_row_and_share(quick):
     assert all(share.endswith(" %") for share, row in zip(shares, rows) if row[0] != "logits.sum()")
 
 
-@pytest.mark.alone
 def test_results_from_hidden_states(quick, tmp_path, monkeypatch):
     result, _ = quick("linear")
     (case,) = result["cases"]
@@ -168,7 +165,6 @@ def test_what_no_results_file_has_is_not_measured(tmp_path, monkeypatch):
     assert beside(tmp_path, monkeypatch, "step") == []
 
 
-@pytest.mark.alone
 def test_the_results_of_memory_hold_peaks_and_plan(quick):
     result, _ = quick("memory")
     (case,) = result["cases"]
@@ -179,7 +175,6 @@ def test_the_results_of_memory_hold_peaks_and_plan(quick):
     assert [row[0] for row in rows[1:]] == [MINE, peers.NAIVE, "the plan of ours"]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "dtypes", [["fp32"], pytest.param(["fp32", "bf16"], marks=pytest.mark.wide)], ids=["fp32", "both"]
 )

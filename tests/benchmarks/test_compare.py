@@ -40,7 +40,6 @@ def test_a_checkout_whose_extension_is_not_built_is_refused(tmp_path):
         compare.tree(tmp_path / "tree", tmp_path / "old")
 
 
-@pytest.mark.alone
 def test_a_side_is_timed_in_a_process_of_its_own(tmp_path):
     root = compare.tree(tmp_path / "tree", ROOT)
     seconds = measure.in_fresh_process("benchmarks.compare", {"name": "logits", "repeats": 1}, root=root)

@@ -345,7 +345,7 @@ def test_what_pytest_and_the_script_wrote_is_shown(folder):
 
 
 def test_the_kernels_of_the_model_are_among_those_that_are_compiled():
-    compiled = {f"{name}, bfloat16" for _, table in inspect._TABLES for name in table}
+    compiled = {f"{name}, bfloat16" for _, table in inspect.TABLES for name in table}
     assert {variant for _, variant, _ in (*roofline.KERNELS.values(), roofline.SCORES)} <= compiled
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kto_kernels import kto_loss, kto_loss_from_logps, token_logps
 from tests.support.cases import explore
-from tests.support.harness import assert_same, ours, places, problem
+from tests.support.harness import assert_same, lengthy_places, ours, problem
 from tests.support.linear_harness import VOCAB, linear_problem, ours_linear
 
 SEEDS = st.integers(0, 1 << 16)
@@ -62,7 +62,7 @@ def slack(p, place):
     return math.expm1(p.options["beta"] * torch.finfo(torch.float32).eps * sums.max().item())
 
 
-@places
+@lengthy_places
 def test_order_and_split_of_a_batch_change_nothing(place):
     def check(p):
         p = p.to(torch.float32, place[1])
@@ -81,7 +81,7 @@ def test_order_and_split_of_a_batch_change_nothing(place):
     explore(place, problems(), check, part=0.25)
 
 
-@places
+@lengthy_places
 def test_padding_and_packing_change_nothing(place):
     pad = torch.nn.functional.pad
 
@@ -114,7 +114,7 @@ def test_padding_and_packing_change_nothing(place):
     explore(place, problems(), check, part=0.25)
 
 
-@places
+@lengthy_places
 def test_a_constant_added_to_all_logits_changes_nothing(place):
     """Exact where the sums are: logits in steps of 1/64, and a whole number. The GPU kernels' exponents d of 2 are rounded
     once, after the constant was added, by 2^-24·|d|; |d| is at most 10 where a gradient is above the absolute tolerance
@@ -136,7 +136,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(place):
     explore(place, st.tuples(*shapes, st.sampled_from([0.5, 1.0, 2.0])), check)
 
 
-@places
+@lengthy_places
 def test_powers_of_two_scale_the_result_exactly(place):
     """β and log-probabilities; temperature and logits; the weights and the loss. And a wider dtype of the same numbers."""
 
@@ -217,7 +217,7 @@ def test_the_number_of_threads_changes_no_bit():
 # Ends of β ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@places
+@lengthy_places
 def test_beta_near_0_and_saturated_gives_the_limits(place):
     """β → 0: half of the weight, and a gradient of β/4. Saturated: λ or what is left of it, as long as fp32 can hold it,
     and a gradient that is not zero before that."""

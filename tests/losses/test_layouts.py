@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kto_kernels import kto_loss, token_logps
-from tests.support.harness import DTYPES, assert_same, dtypes, ours, places, problem, upstream
+from tests.support.harness import DTYPES, assert_same, dtypes, lengthy_places, ours, places, problem, upstream
 
 
 def strided(tensor):
@@ -18,7 +18,7 @@ def strided(tensor):
     return view
 
 
-@places
+@lengthy_places
 @dtypes
 def test_any_leading_strides_give_the_contiguous_result(dtype, place):
     backend, device = place

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from kto_kernels import LinearKTOLoss, kto_loss, linear_kto_loss, linear_token_logps, reference, token_logps
 from kto_kernels.ops import linear as operators
 from kto_kernels.options import OUTPUTS, Chunking, Scale, Scoring
-from tests.support.harness import PLACES, dtypes, places, upstream
+from tests.support.harness import PLACES, dtypes, lengthy_places, places, upstream
 from tests.support.linear_harness import HEAD, VOCAB, WIDTH, check_linear, linear_problem, ours_linear, plain_linear
 
 # Rows of a chunk: one, fewer than, exactly and more than the longest sequence (9), everything.
@@ -238,7 +238,7 @@ def test_every_side_of_a_loss_is_scored_in_one_dtype(place, autocast, hidden_dty
 @pytest.mark.parametrize("other", ["ref_weight", "ref_hidden", "weight"])
 def test_a_head_raised_to_fp32_is_0_apart_from_its_model(place, other):
     """400 bf16 tokens and a vocabulary of 32,000 under an fp32 head: policy and reference were apart by up to 0.04 nats."""
-    model = one_model((1, 400, 512), 32_000)
+    model = one_model((1, 400, 128), 32_000)
     wide = {other} if other != "weight" else {"weight", "bias"}
     mixed = {name: tensor if name in wide else tensor.bfloat16() for name, tensor in model.items()}
     out = loss_of_one_model(mixed, place[0])
@@ -388,7 +388,7 @@ def test_upstream_gradients_at_ignored_tokens_do_not_matter():
 # `outputs` ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@places
+@lengthy_places
 @pytest.mark.parametrize("trained", [HEAD, ("hidden",), ()])
 @pytest.mark.parametrize("packed", [False, True])
 def test_outputs_equal_the_definition(place, trained, packed):

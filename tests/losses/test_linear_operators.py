@@ -1,6 +1,8 @@
 """The operators from hidden states as PyTorch sees them: which GEMMs run, what upstream gradients cost, autograd's
 rules, torch.compile, opcheck."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -279,9 +281,18 @@ def test_opcheck_passes_for_scaling():
     opcheck(linear_ops.scale_rows_, linear_ops.ScaleRows(torch.randn(5, 3), torch.randn(5)))
 
 
-@pytest.mark.parametrize("trained", [HEAD, ("hidden",), ("weight",)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_as_one_graph_with_the_eager_result(fresh_compiler, trained, reduction):
+# Inductor compiles for half a minute.
+INDUCTOR = [("inductor", "mean", HEAD), ("inductor", "none", ("hidden",))]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reduction", "trained"),
+    [
+        *itertools.product(["aot_eager"], ["mean", "none"], [HEAD, ("hidden",), ("weight",)]),
+        *(pytest.param(*case, marks=pytest.mark.wide) for case in INDUCTOR),
+    ],
+)
+def test_compiles_as_one_graph_with_the_eager_result(fresh_compiler, compiler, reduction, trained):
     p = linear_problem(reduction=reduction, max_logits_bytes=FOUR_ROWS, outputs=("entropy",))
     tensors = dict(p.tensors)
     leaves = {"hidden": p.hidden, "weight": p.weight, "bias": tensors.pop("bias")}
@@ -293,7 +304,7 @@ def test_compiles_as_one_graph_with_the_eager_result(fresh_compiler, trained, re
         return out.loss.sum() * 3, out.entropy
 
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="inductor")):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=compiler)):
         mine = {name: leaf.detach().clone().requires_grad_(name in trained) for name, leaf in leaves.items()}
         value, entropy = function(**mine)
         value.backward()

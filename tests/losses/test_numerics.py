@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kto_kernels import kto_loss, reference, token_logps
-from tests.support.harness import assert_as_accurate, dtypes, kernel_places, places
+from tests.support.harness import assert_as_accurate, dtypes, kernel_places, lengthy_kernel_places, places
 
 INF = math.inf
 
@@ -94,7 +94,7 @@ def exact_near_certain(logits, labels):
     return logps, grad
 
 
-@kernel_places
+@lengthy_kernel_places
 def test_a_long_sum_of_near_certain_tokens(place):
     """100,000 tokens: at least ten times closer to the truth than naive fp32 (the promise for long completions)."""
     backend, device = place

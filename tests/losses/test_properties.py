@@ -37,7 +37,7 @@ from tests.support.harness import (
     DEFAULTS,
     assert_as_accurate,
     exact_token_logps,
-    places,
+    lengthy_places,
     plain,
     sequence_sums,
     upstream,
@@ -45,7 +45,7 @@ from tests.support.harness import (
 from tests.support.linear_harness import check_linear, largest_terms, linear_in_chunks
 
 
-@places
+@lengthy_places
 def test_token_logps_are_accurate_on_random_inputs(place, poisoned_memory):
     backend, device = place
 
@@ -109,7 +109,7 @@ def units_of_loss(p, exact, dtype):
     return units, slack
 
 
-@places
+@lengthy_places
 def test_kto_loss_is_accurate_on_random_inputs(place, poisoned_memory):
     backend, device = place
 
@@ -134,7 +134,7 @@ def test_kto_loss_is_accurate_on_random_inputs(place, poisoned_memory):
     explore(place, loss_cases(place), as_promised(measure))
 
 
-@places
+@lengthy_places
 def test_linear_kto_loss_is_accurate_on_random_inputs(place, poisoned_memory):
     def check(case):
         check_linear(case.make(), place, case.dtype, case.trained, cancelling=True, chunk_rows=case.chunk_rows)
@@ -142,7 +142,7 @@ def test_linear_kto_loss_is_accurate_on_random_inputs(place, poisoned_memory):
     explore(place, linear_cases(place), check, part=0.5)
 
 
-@places
+@lengthy_places
 def test_linear_token_logps_are_accurate_on_random_inputs(place, poisoned_memory):
     """Both round the logits, not by the same sums: half a unit of the largest one, at random, is allowed besides."""
     backend, device = place

@@ -39,8 +39,19 @@ PLACES = [pytest.param(pair, id="-".join(pair)) for pair in _PAIRS] + [
 ]
 places = pytest.mark.parametrize("place", PLACES)
 # The torch backend is plain PyTorch, the yardstick of accuracy: what only the kernels promise leaves it out.
-kernel_places = pytest.mark.parametrize("place", [p for p in PLACES if p.values[0][0] != "torch"])
+_KERNEL_PLACES = [p for p in PLACES if p.values[0][0] != "torch"]
+kernel_places = pytest.mark.parametrize("place", _KERNEL_PLACES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+def _lengthy(cases: list) -> pytest.MarkDecorator:
+    """Places for a test that takes Triton's interpreter many seconds: in `make test` other backends take the turn."""
+    wide = [pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.wide]) for p in cases]
+    return pytest.mark.parametrize("place", [w if w.id == "triton-cpu" else p for p, w in zip(cases, wide)])
+
+
+lengthy_places = _lengthy(PLACES)
+lengthy_kernel_places = _lengthy(_KERNEL_PLACES)
 
 
 @dataclass

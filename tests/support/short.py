@@ -1,9 +1,13 @@
-"""Which cases `--short` keeps (`make test`), and `--rest` leaves out. A test function is a promise: one case of each stays.
+"""Which cases run. `--short` keeps one of each test (`make test`), and `--rest` leaves it out. A test function is a promise: one case of each stays.
 Which one it is follows from the function's name, so that backends, dtypes and layouts take turns over the functions. A case
-that is marked `wide` is never the one."""
+that is marked `wide` is never the one.
+
+In Triton's interpreter, which is a hundred times as slow as the other backends, dtypes take turns over the cases of a
+function too, without `--every-dtype`. As they are compiled, test_ptx.py runs the kernels in every dtype."""
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable
 
@@ -11,6 +15,17 @@ import pytest
 
 # Test function → its cases, and the one of them that `--short` keeps.
 CASES = pytest.StashKey[dict[str, tuple[list[pytest.Item], list[pytest.Item]]]]()
+
+_DTYPE = re.compile(r"\b(fp32|bf16|fp16)\b")
+
+
+def in_turn(case: pytest.Item) -> bool:
+    """Whether a case runs without `--every-dtype`: of cases for the interpreter that differ in the dtype alone, one."""
+    found = _DTYPE.findall(case.callspec.id) if hasattr(case, "callspec") else []
+    if len(found) != 1 or case.callspec.params.get("place") != ("triton", "cpu"):
+        return True
+    turn = zlib.crc32(_DTYPE.sub("", case.nodeid).encode()) % 3
+    return ("fp32", "bf16", "fp16")[turn] == found[0]
 
 
 def functions(items: Iterable[pytest.Item]) -> dict[str, list[pytest.Item]]:

@@ -59,6 +59,17 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
+def ptx(csrc: Path, arch: int) -> Path:
+    """The PTX of the CUDA kernels in the folder `csrc`."""
+    sources = [path for path in csrc.rglob("*") if path.suffix in (".h", ".cu", ".cuh")]
+    options = ["-ptx", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings"]
+
+    def make(path: Path) -> None:
+        subprocess.run([nvcc(), *options, csrc / "cuda" / "kernels.cu", "-o", path], check=True)
+
+    return kept("kernels.ptx", sources, options, make)
+
+
 def interpreter() -> Path:
     sources = [HERE / f"{name}.cpp" for name in ("launch", "memory", "order", "meetings")]
     return shared_library("interpreter.so", sources, HERE.glob("*.h"))

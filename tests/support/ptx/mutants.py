@@ -20,6 +20,7 @@ from unittest import mock
 RACE, BETWEEN, OUTSIDE, MISALIGNED, RESULT = "race", "between programs", "outside", "misaligned", "result"
 BUDGET = 20_000_000  # of instructions in a launch, as a mutant may never end
 SEEDS = 12
+PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -259,17 +260,16 @@ def _kernel(name: str, text: str) -> str:
 
 
 def main() -> int:
-    from . import build
+    from . import build, process
 
     backends = ["triton", *(["cuda"] if build.nvcc() else [])]
+    mutants = [mutant for mutant in (*TRITON, *CUDA) if mutant.backend in backends]
     missed = 0
-    for mutant in (m for m in (*TRITON, *CUDA) if m.backend in backends):
-        found = findings(mutant)
-        missed += not caught(mutant, found)
-        said = "; ".join(sorted(found)) or "nothing"
-        print(
-            f"{'caught' if caught(mutant, found) else 'MISSED'} | {mutant.backend} | {mutant.what} | {said}", flush=True
-        )
+    with process.started(PROCESSES) as pool:
+        for mutant, found in zip(mutants, pool.map(findings, mutants)):
+            missed += not caught(mutant, found)
+            said, verdict = "; ".join(sorted(found)) or "nothing", "caught" if caught(mutant, found) else "MISSED"
+            print(f"{verdict} | {mutant.backend} | {mutant.what} | {said}", flush=True)
     if "--all" in sys.argv:
         for backend in backends:
             needed: dict[tuple, set[str]] = {}

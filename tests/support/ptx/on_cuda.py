@@ -11,7 +11,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import re
-import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
 from ctypes import c_char_p, c_int, c_int64, c_void_p
@@ -42,13 +41,7 @@ class _Kept(ctypes.Structure):
 @functools.cache
 def compiled(arch: int) -> str:
     """The PTX of all kernels."""
-    sources = [path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cu", ".cuh")]
-    options = ["-ptx", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-lineinfo"]
-
-    def make(path: Path) -> None:
-        subprocess.run([build.nvcc(), *options, SOURCES / "cuda" / "kernels.cu", "-o", path], check=True)
-
-    return build.kept("kernels.ptx", sources, options, make).read_text()
+    return build.ptx(SOURCES, arch).read_text()
 
 
 @functools.cache
