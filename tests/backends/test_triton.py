@@ -256,7 +256,7 @@ def test_the_order_of_programs_changes_no_bit(split_rows, average, poisoned_memo
         expected = loss_and_gradient(given)
     assert launches[0][2]["splits"] > 1
     launch = launchers._launch
-    for seed in range(3):
+    for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
 
         def launch_shuffled(kernel, device, programs, arguments, generator=generator):
@@ -494,12 +494,12 @@ def test_the_first_of_equal_logits_is_the_top(softcap, poisoned_memory):
 
 def test_tanh_is_rounded_and_the_top_is_not(poisoned_memory):
     """Neighbours in fp32, ascending: their tanh is often the same, and on a GPU may descend by some ulp."""
-    starts = torch.logspace(-2, 0.5, 60).view(torch.int32)
+    starts = torch.logspace(-2, 0.5, 20).view(torch.int32)
     logits = (starts[:, None] + torch.arange(40, dtype=torch.int32)).view(torch.float32)
-    last = torch.full((60,), 39, device=DEVICE)
+    last = torch.full((20,), 39, device=DEVICE)
     for labels, top in ((last, True), (last - 1, False)):
         scores = BACKEND.score_chunk(logits.to(DEVICE), labels, Scale(softcap=1.0), False, ("is_top1",))
-        assert scores.is_top1.tolist() == [top] * 60
+        assert scores.is_top1.tolist() == [top] * 20
 
 
 def test_a_row_without_a_possible_token(poisoned_memory):

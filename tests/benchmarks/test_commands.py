@@ -58,7 +58,15 @@ def quick(tmp_path_factory):
 MINE = "linear_kto_loss, cpu"
 
 
-@pytest.mark.parametrize("benchmark", [name for name in report.BENCHMARKS if name not in ("inspect", "overhead")])
+@pytest.mark.parametrize(
+    "benchmark",
+    [
+        # The step is also what test_results_of_a_training_step runs.
+        pytest.param(name, marks=[pytest.mark.wide] if name == "step" else [])
+        for name in report.BENCHMARKS
+        if name not in ("inspect", "overhead")
+    ],
+)
 def test_every_command_prints_and_writes(quick, benchmark):
     result, output = quick(benchmark)
     assert {"device", "driver", "versions", "commit", "date", "ceilings", "cases", "threads"} <= result.keys()
@@ -180,7 +188,7 @@ def test_the_results_of_memory_hold_peaks_and_plan(quick):
 )
 def test_results_of_a_training_step(quick, dtypes):
     """A tiny model: every figure is there, the parts are those of the step; its times say nothing."""
-    result, _ = quick("step", *(["--batch", "4"] if len(dtypes) == 2 else []))
+    result, _ = quick("step", *(["--batch", "2"] if len(dtypes) == 2 else []))
     cases = result["cases"]
     assert [case["dtype"] for case in cases] == dtypes
     names = {step.SCORES, step.OTHERS, step.POLICY, step.HEAD_BACKWARD, step.BACKWARD, step.OPTIMIZER}

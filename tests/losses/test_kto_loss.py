@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.harness import PLACES, check, dtypes, ours, places, problem
+from tests.support.harness import check, dtypes, ours, places, problem, uninterpreted_places
 
 # One option (or one combination that shares code) a row; the defaults of `problem` give reference and KL as logits.
 CASES = {
@@ -67,7 +67,7 @@ def test_in_place_backward_gives_the_same_bits(case, dtype, place):
     assert torch.equal(fresh, inplace)
 
 
-@pytest.mark.parametrize("place", [p for p in PLACES if p.id != "triton-cpu"])  # the interpreter has no races to find
+@uninterpreted_places  # the interpreter has no races to find
 @cases
 def test_the_same_input_gives_the_same_bits(case, place):
     p = problem(**CASES[case]).to(torch.float32, place[1])

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from kto_kernels import LinearKTOLoss, kto_loss, linear_kto_loss, linear_token_logps, reference, token_logps
 from kto_kernels.ops import linear as operators
 from kto_kernels.options import OUTPUTS, Chunking, Scale, Scoring
-from tests.support.harness import PLACES, dtypes, lengthy_places, places, upstream
+from tests.support.harness import PLACES, dtypes, lengthy_places, places, uninterpreted_places, upstream
 from tests.support.linear_harness import HEAD, VOCAB, WIDTH, check_linear, linear_problem, ours_linear, plain_linear
 
 # Rows of a chunk: one, fewer than, exactly and more than the longest sequence (9), everything.
@@ -210,7 +210,7 @@ def loss_of_one_model(model: dict[str, torch.Tensor], backend: str, **options):
     )
 
 
-@places
+@uninterpreted_places
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_side_of_a_loss_is_scored_in_one_dtype(place, autocast, hidden_dtype):

@@ -51,6 +51,8 @@ def _lengthy(cases: list) -> pytest.MarkDecorator:
 
 
 lengthy_places = _lengthy(PLACES)
+# For what does not depend on the kernels, so that the interpreter would only take long.
+uninterpreted_places = pytest.mark.parametrize("place", [p for p in PLACES if p.id != "triton-cpu"])
 lengthy_kernel_places = _lengthy(_KERNEL_PLACES)
 
 
