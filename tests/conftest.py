@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config, items):
         for marker in item.iter_markers("fault"):
             item.user_properties += [("fault", number) for number in marker.args]
     if not config.option.every_dtype:
-        _keep(config, items, short.in_turn)
+        waiting = short.out_of_turn(items)
+        _keep(config, items, lambda item: item not in waiting)
     config.stash[short.CASES] = {
         name: (cases, short.representative(name, cases)) for name, cases in short.functions(items).items()
     }

@@ -281,7 +281,7 @@ def test_opcheck_passes_for_scaling():
     opcheck(linear_ops.scale_rows_, linear_ops.ScaleRows(torch.randn(5, 3), torch.randn(5)))
 
 
-# Inductor compiles for half a minute.
+# Inductor takes much longer to compile.
 INDUCTOR = [("inductor", "mean", HEAD), ("inductor", "none", ("hidden",))]
 
 

@@ -92,7 +92,7 @@ forget("kto_copy")
 del copy
 torch.compiler.reset()
 gc.collect()
-check(revision, newly=[])
+check(revision, newly=[revision])
 print("all of them work")
 """
 

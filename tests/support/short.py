@@ -1,9 +1,9 @@
-"""Which cases run. `--short` keeps one of each test (`make test`), and `--rest` leaves it out. A test function is a promise: one case of each stays.
-Which one it is follows from the function's name, so that backends, dtypes and layouts take turns over the functions. A case
-that is marked `wide` is never the one.
+"""Which cases run. A test function is a promise: `--short` (`make test`) keeps one case of each, and `--rest` leaves this
+case out. Which one it is follows from the function's name, so that backends, dtypes and layouts take turns over the
+functions. A case that is marked `wide` is never the one.
 
-In Triton's interpreter, which is a hundred times as slow as the other backends, dtypes take turns over the cases of a
-function too, without `--every-dtype`. As they are compiled, test_ptx.py runs the kernels in every dtype."""
+Triton's interpreter is much slower than the other backends. Without `--every-dtype` the dtypes take turns over the
+interpreter's cases of a function too. The compiled kernels run in every dtype in test_ptx.py."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ CASES = pytest.StashKey[dict[str, tuple[list[pytest.Item], list[pytest.Item]]]](
 _DTYPE = re.compile(r"\b(fp32|bf16|fp16)\b")
 
 
-def in_turn(case: pytest.Item) -> bool:
-    """Whether a case runs without `--every-dtype`: of cases for the interpreter that differ in the dtype alone, one."""
-    found = _DTYPE.findall(case.callspec.id) if hasattr(case, "callspec") else []
-    if len(found) != 1 or case.callspec.params.get("place") != ("triton", "cpu"):
-        return True
-    turn = zlib.crc32(_DTYPE.sub("", case.nodeid).encode()) % 3
-    return ("fp32", "bf16", "fp16")[turn] == found[0]
+def out_of_turn(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """The cases that wait without `--every-dtype`: of cases for the interpreter that differ in the dtype alone, one runs."""
+    alike: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("place") == ("triton", "cpu"):
+            alike.setdefault(_DTYPE.sub("", item.nodeid), []).append(item)
+    return {case for name, cases in alike.items() for case in cases if case is not _one_of(name, cases)}
+
+
+def _one_of(name: str, cases: list[pytest.Item]) -> pytest.Item:
+    return cases[zlib.crc32(name.encode()) % len(cases)]
 
 
 def functions(items: Iterable[pytest.Item]) -> dict[str, list[pytest.Item]]:
@@ -41,4 +45,4 @@ def representative(name: str, cases: list[pytest.Item]) -> list[pytest.Item]:
     cases = [case for case in cases if not case.get_closest_marker("wide")]
     # A case that is skipped shows nothing.
     candidates = [case for case in cases if not case.get_closest_marker("skip")] or cases
-    return candidates[zlib.crc32(name.encode()) % len(candidates) :][:1] if candidates else []
+    return [_one_of(name, candidates)] if candidates else []
