@@ -92,6 +92,17 @@ def _is_real(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, (int, float, numbers.Real))
 
 
+def scalar(name: str, value: object, like: Tensor | None = None) -> None:
+    """Checks a finite number of either sign, or a () tensor of one."""
+    if isinstance(value, Tensor):
+        tensor(name, value, FLOATS, like)
+        shape(name, value, (), "one number")
+    elif not _is_real(value):
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+    elif not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -301,13 +312,8 @@ def kl_source(
         raise ValueError(f"{names('ref_kl_', ', ')}: needed with a reference model, got neither")
     if has_ref_kl and not has_reference:
         raise ValueError(f"{names('ref_kl_', ', ')}: go with {names('ref_', ' or ')}, got neither")
-    if isinstance(kl, Tensor):
-        tensor("kl", kl, FLOATS, like)
-        shape("kl", kl, (), "one number")
-    elif kl is not None and not _is_real(kl):
-        raise TypeError(f"kl: expected a number or a 0-d tensor, got {type(kl).__name__}")
-    elif kl is not None and not abs(kl) <= sys.float_info.max:
-        raise ValueError(f"kl: expected a finite number, got {kl}")
+    if kl is not None:
+        scalar("kl", kl, like)
 
 
 def kl_pair(kl_logps: Tensor | None, ref_kl_logps: Tensor | None, count: int | None, like: Tensor) -> None:

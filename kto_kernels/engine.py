@@ -22,8 +22,9 @@ from .ops import linear, logits
 from .ops.schema import observed
 from .options import Chunking, Objective, Output, Scoring
 from .output import KTOOutput
+from .pairs import Preference
 from .parallel.agreement import Agreed, Ranks
-from .parallel.groups import sums_over_ranks
+from .parallel.groups import sum_over_ranks, sums_over_ranks
 from .records import Completions
 
 
@@ -38,6 +39,7 @@ class Call:
     ranks: Ranks
     agreed: Agreed
     inplace_backward: bool
+    preference: Preference | None = None
 
     @property
     def vocab(self) -> int:
@@ -104,6 +106,12 @@ class Call:
         scored = self.scored(completions) if self.objective.average_log_prob else None
         return sequence_sums(token_logps, scored, completions.cu_seqlens, self.ranks)
 
+    def lengths(self, completions: Completions) -> Tensor:
+        """(B,) fp64: how many tokens of each sequence are scored, on all ranks."""
+        return sum_over_ranks(
+            reference.per_sequence(self.scored(completions), completions.cu_seqlens), self.ranks.context
+        )
+
     def scored(self, completions: Completions) -> Tensor:
         return scored_targets(completions, self.scoring, self.vocab)[1]
 
@@ -116,12 +124,13 @@ def agree(
     ranks: Ranks,
     vocab: int | None = None,
     inplace_backward: bool = False,
+    preference: Preference | None = None,
 ) -> Call:
     """The call, after its ranks have compared what they must share; without groups there is nothing to compare."""
     if not ranks:
-        return Call(inputs, scoring, objective, chunking, ranks, Agreed(), inplace_backward)
+        return Call(inputs, scoring, objective, chunking, ranks, Agreed(), inplace_backward, preference)
     scale = scoring.scale
-    options = vars(objective) | vars(scale)
+    options = vars(objective) | vars(scale) | ({} if preference is None else preference.options)
     options |= {
         "shift": scoring.shift,
         "ignore_index": scoring.ignore_index,
@@ -138,7 +147,7 @@ def agree(
         steps = _steps(inputs, scoring, chunking, ranks)
         size = (inputs.columns, scoring.ignore_index)
         agreed = ranks.agree(completions, *size, steps, shards=shards, tokens=inputs.by_name, **layout)
-    return Call(inputs, scoring, objective, chunking, ranks, agreed, inplace_backward)
+    return Call(inputs, scoring, objective, chunking, ranks, agreed, inplace_backward, preference)
 
 
 def _steps(inputs: Inputs, scoring: Scoring, chunking: Chunking, ranks: Ranks) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def run(call: Call) -> KTOOutput:
     call.check_values()
     call = call.counted()
     inputs, ranks = call.inputs, call.ranks
-    if inputs.kind == "logits" and not ranks:
+    if inputs.kind == "logits" and not ranks and call.preference is None:
         return _fused_from_logits(call)
     with torch.no_grad():
         kl_logps, ref_kl_logps = (call.sequence_logps(inputs.side(name)) for name in ("kl_", "ref_kl_"))
@@ -181,7 +190,8 @@ def run(call: Call) -> KTOOutput:
     if inputs.kind == "logps":
         return _output(call, policy.logps, ref_logps, z0())
     trains = inputs.trains
-    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and call.objective.reduction != "none":
+    fused = call.preference is None and call.objective.reduction != "none"
+    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and fused:
         return _fused_from_hidden(call, ref_logps, z0())
     tokens = call.token_logps(policy, outputs)
     logps = call.sums(tokens["logps"], policy.completions)
@@ -249,7 +259,13 @@ def _output(
     """Stages 4 and 5 in plain PyTorch."""
     inputs, objective = call.inputs, call.objective
     dtype = reference.compute_dtype(inputs.dtype)
-    if loss is None:
+    if call.preference is not None:
+        lengths = call.lengths(inputs.judged)
+        losses, rewards = call.preference.losses(
+            sequence_logps, ref_logps, lengths, z0, inputs.desirable, objective.average_log_prob, call.ranks.process
+        )
+        loss = reference.reduce(losses, objective.reduction)
+    elif loss is None:
         beta, r = scalars.data(objective.beta), reference.log_ratio(sequence_logps, ref_logps)
         rewards = beta * r.detach()
         losses = reference.loss(r, z0, inputs.desirable, beta, objective.weights)

@@ -18,6 +18,7 @@ LossType = Literal["kto", "apo_zero_unpaired"]
 Reduction = Literal["mean", "sum", "none"]
 LongSequences = Literal["auto", "defer", "recompute"]
 Output = Literal["entropy", "mean_logits", "is_top1"]
+Pairs = Literal["halves", "interleaved"]
 BackendName = Literal["auto", "triton", "cuda", "cpu", "torch"]
 
 OUTPUTS: tuple[Output, ...] = get_args(Output)

@@ -17,12 +17,14 @@ class KTOOutput:
     """The results of a loss. All tensors but `loss` are detached.
 
     Attributes:
-        loss: () for `reduction="mean"` and `"sum"`, (B,) for `"none"`; fp32 (fp64 for fp64 logits).
+        loss: () for `reduction="mean"` and `"sum"`, (B,) for `"none"`, or (B / 2,) of a paired loss; fp32 (fp64 for fp64
+            logits).
         logps: (B,) fp64, the policy's sequence log-probabilities in nats (per token with `average_log_prob`).
         ref_logps: (B,) fp64, the reference's sequence log-probabilities in nats; zeros without a reference.
-        rewards: (B,), in the dtype of `loss`: `β · (logps − ref_logps)`, without unit.
+        rewards: (B,), in the dtype of `loss`: `β · (logps − ref_logps)`, without unit; of `preference_loss` those of the
+            objective.
         kl: (), in the dtype of `loss`: the reference point z0 in nats, at least 0.
-        desirable: (B,) bool, as given.
+        desirable: (B,) bool, as given; which sequences are chosen where the loss is a paired one.
         token_logps: (B, T) or (N,), fp32 (fp64 for fp64 logits): the policy's log-probability of each scored token in
             nats, 0 elsewhere; None from `kto_loss_from_logps`.
         entropy: (B, T) or (N,), fp32 or fp64: the entropy in nats of each scored token's softmax, 0 elsewhere; None
@@ -81,8 +83,8 @@ class KTOOutput:
         if self.reduction == "sum":  # the ranks' losses add up
             loss = (loss, one / group_size(group))
         else:
-            sequences = one * self.logps.numel()
-            loss = (loss * sequences if self.reduction == "mean" else loss.sum(), sequences)
+            count = one * (self.logps if self.reduction == "mean" else loss).numel()
+            loss = (loss * count if self.reduction == "mean" else loss.sum(), count)
         # name → (sum, count)
         means = {"loss": loss, "kl": (self.kl.double(), one)}
 

@@ -26,6 +26,8 @@ DTYPE = re.compile(r"\b(bf16|fp16|fp32|fp64|int32|int64|bool|floating|dtype)\b")
 WITH_EXAMPLES = [
     "kto_loss",
     "linear_kto_loss",
+    "preference_loss",
+    "linear_preference_loss",
     "KTOLoss",
     "LinearKTOLoss",
     "token_logps",
@@ -67,7 +69,16 @@ def public() -> list[griffe.Object]:
     everywhere = [x for x in below(package()) if x.path.startswith(OPTIONAL)]
     found = {x.path: x for owner in (*exported(), *everywhere) for x in below(owner)}
     private = re.compile(r"\._")
-    return [x for x in found.values() if (x.is_function or x.is_class) and not private.search(x.path)]
+    return [
+        x for x in found.values() if (x.is_function or x.is_class) and not private.search(x.path) and not inherits(x)
+    ]
+
+
+def inherits(x: griffe.Object) -> bool:
+    """Whether a method has the docstring of the method that it overrides."""
+    if x.docstring or not x.is_function or not x.parent.is_class:
+        return False
+    return any(x.name in base.members and base.members[x.name].docstring for base in x.parent.mro())
 
 
 def is_dataclass(x: griffe.Object) -> bool:

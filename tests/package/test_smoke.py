@@ -18,7 +18,10 @@ from kto_kernels import (
     kto_loss,
     kto_loss_from_logps,
     linear_kto_loss,
+    linear_preference_loss,
     linear_token_logps,
+    objectives,
+    preference_loss,
     sequence_logps,
     token_logps,
 )
@@ -84,10 +87,24 @@ CALLS = {
     ),
     "sequence_logps": (("logps",), lambda g: sequence_logps(**pick(g, "logps", "labels"))),
     "kl_reference_point": ((), lambda g: kl_reference_point(**pick(g, "kl_logps", "ref_kl_logps"))),
+    "preference_loss": (
+        ("logits",),
+        lambda g, **backend: (
+            preference_loss(**pick(g, "logits", "labels", "desirable"), objective=objectives.BCO(), **backend).loss
+        ),
+    ),
+    "linear_preference_loss": (
+        ("hidden", "weight"),
+        lambda g, **backend: (
+            linear_preference_loss(
+                **pick(g, "hidden", "weight", "labels", "desirable"), objective=objectives.BCO(), **backend
+            ).loss
+        ),
+    ),
     "kto_loss_from_logps": (("logps",), lambda g: kto_loss_from_logps(g["logps"].sum(-1), g["desirable"], kl=0.3).loss),
 }
 # The public names that are not computed with: types, plans and what is there.
-REST = {"KTOOutput", "LinearPlan", "__version__", "available_backends"}
+REST = {"KTOOutput", "LinearPlan", "objectives", "__version__", "available_backends"}
 
 
 def run(name: str, given: dict, **backend) -> list[torch.Tensor]:
