@@ -22,9 +22,9 @@ from .ops import linear, logits
 from .ops.schema import observed
 from .options import Chunking, Objective, Output, Scoring
 from .output import KTOOutput
-from .pairs import Preference
+from .pairs import Judged, Preference
 from .parallel.agreement import Agreed, Ranks
-from .parallel.groups import sum_over_ranks, sums_over_ranks
+from .parallel.groups import group_size, sum_over_ranks, sums_over_ranks
 from .records import Completions
 
 
@@ -106,11 +106,18 @@ class Call:
         scored = self.scored(completions) if self.objective.average_log_prob else None
         return sequence_sums(token_logps, scored, completions.cu_seqlens, self.ranks)
 
-    def lengths(self, completions: Completions) -> Tensor:
-        """(B,) fp64: how many tokens of each sequence are scored, on all ranks."""
-        return sum_over_ranks(
-            reference.per_sequence(self.scored(completions), completions.cu_seqlens), self.ranks.context
-        )
+    def judged(self, ref_logps: Tensor | None, z0: Tensor) -> Judged:
+        """All that a loss knows of the judged completions beside the policy's log-probabilities."""
+        completions, desirable, group = self.inputs.judged, self.inputs.desirable, self.ranks.process
+        if self.preference is None:
+            return Judged(desirable, z0, ref_logps)
+        lengths = reference.per_sequence(self.scored(completions), completions.cu_seqlens)
+        lengths = sum_over_ranks(lengths, self.ranks.context)
+        tokens = None
+        if self.preference.objective.nll_weight > 0:
+            tokens = sum_over_ranks(torch.where(desirable, lengths, 0.0).sum(), group) / group_size(group)
+            tokens = torch.where(tokens == 0, 1.0, tokens)
+        return Judged(desirable, z0, ref_logps, lengths, tokens, self.objective.average_log_prob)
 
     def scored(self, completions: Completions) -> Tensor:
         return scored_targets(completions, self.scoring, self.vocab)[1]
@@ -188,14 +195,13 @@ def run(call: Call) -> KTOOutput:
         ref_logps = call.sequence_logps(inputs.side("ref_"))  # hides the exchange of z0
     policy, outputs = inputs.side(""), call.chunking.outputs
     if inputs.kind == "logps":
-        return _output(call, policy.logps, ref_logps, z0())
+        return _output(call, policy.logps, call.judged(ref_logps, z0()))
     trains = inputs.trains
-    fused = call.preference is None and call.objective.reduction != "none"
-    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and fused:
-        return _fused_from_hidden(call, ref_logps, z0())
+    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and call.objective.reduction != "none":
+        return _fused_from_hidden(call, call.judged(ref_logps, z0()))
     tokens = call.token_logps(policy, outputs)
     logps = call.sums(tokens["logps"], policy.completions)
-    return _output(call, logps, ref_logps, z0(), **tokens)
+    return _output(call, logps, call.judged(ref_logps, z0()), **tokens)
 
 
 def _fused_from_logits(call: Call) -> KTOOutput:
@@ -212,15 +218,15 @@ def _fused_from_logits(call: Call) -> KTOOutput:
     return KTOOutput(*values, inputs.desirable, found.token_logps, reduction=objective.reduction)
 
 
-def _fused_from_hidden(call: Call, ref_logps: Tensor | None, z0: Tensor) -> KTOOutput:
+def _fused_from_hidden(call: Call, judged: Judged) -> KTOOutput:
     """The loss from hidden states with a trained head: the policy's stages and all gradients in one operator."""
     inputs, outputs, context = call.inputs, call.chunking.outputs, call.ranks.context
     side, needs = call.projected(inputs.side(""), outputs), Needs(**inputs.trains)
     spread = (call.agreed.open_sequences, None if context is None else context.group_name)
-    of_call = linear.LinearKTO(side, inputs.desirable, ref_logps, z0, call.objective, needs, *spread)
+    of_call = linear.LinearKTO(side, judged, call.objective, needs, call.preference, *spread)
     found = linear.linear_kto(of_call)
     tokens = {name: getattr(found, name) for name in ("logps", *outputs)}
-    return _output(call, found.sequence_logps, ref_logps, z0, found.loss, found.rewards, **tokens)
+    return _output(call, found.sequence_logps, judged, found.loss, found.rewards, **tokens)
 
 
 def sequence_sums(logps: Tensor, scored: Tensor | None, cu_seqlens: Tensor | None, ranks: Ranks) -> Tensor:
@@ -249,8 +255,7 @@ def start_reference_point(
 def _output(
     call: Call,
     sequence_logps: Tensor,  # (B,)
-    ref_logps: Tensor | None,  # (B,)
-    z0: Tensor,  # ()
+    judged: Judged,
     loss: Tensor | None = None,  # given, with the rewards, where an operator has made it
     rewards: Tensor | None = None,  # (B,)
     logps: Tensor | None = None,  # labels-shaped, as are the outputs
@@ -259,12 +264,10 @@ def _output(
     """Stages 4 and 5 in plain PyTorch."""
     inputs, objective = call.inputs, call.objective
     dtype = reference.compute_dtype(inputs.dtype)
-    if call.preference is not None:
-        lengths = call.lengths(inputs.judged)
-        losses, rewards = call.preference.losses(
-            sequence_logps, ref_logps, lengths, z0, inputs.desirable, objective.average_log_prob, call.ranks.process
-        )
-        loss = reference.reduce(losses, objective.reduction)
+    ref_logps, z0 = judged.ref_logps, judged.z0
+    if loss is None and call.preference is not None:
+        rewards = call.preference.rewards(judged, sequence_logps)
+        loss = reference.reduce(call.preference.losses(judged, sequence_logps), objective.reduction)
     elif loss is None:
         beta, r = scalars.data(objective.beta), reference.log_ratio(sequence_logps, ref_logps)
         rewards = beta * r.detach()

@@ -17,7 +17,7 @@ does not depend on its formula.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from torch.nn.functional import logsigmoid
 from . import checks, reference, scalars
 from .options import Group
 from .parallel.groups import resolve, sum_over_ranks
+from .records import Named
+
+# How the slopes of a pair's members depend on each other: not at all ("apart"), as c and −c of one number that both
+# members decide ("margin"), or in any other way ("both").
+Coupling: TypeAlias = Literal["apart", "margin", "both"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Named):
     """What every loss has.
 
     Attributes:
@@ -140,6 +145,15 @@ class Unpaired(Loss):
 @dataclass(frozen=True)
 class Paired(Loss):
     """A loss that compares a chosen sequence with a rejected one. A subclass defines `loss`."""
+
+    # "both" is right for every loss; the other two save work where they are right.
+    coupling: ClassVar[Coupling] = "both"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the margin is between log-ratios per token: the slopes are then c and −c, each over the member's
+        number of tokens."""
+        return False
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         """The loss of each pair.
@@ -279,6 +293,8 @@ class APOZero(Paired):
 
     beta: float = 0.1
 
+    coupling: ClassVar[Coupling] = "apart"
+
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         return _sigmoid(-self.rewards(chosen)) + _sigmoid(self.rewards(rejected))
 
@@ -293,6 +309,8 @@ class NCA(Paired):
     """
 
     beta: float = 0.1
+
+    coupling: ClassVar[Coupling] = "apart"
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         w, l = self.rewards(chosen), self.rewards(rejected)  # noqa: E741  (the papers' names)
@@ -310,6 +328,8 @@ class SPPOHard(Paired):
 
     beta: float = 0.1
 
+    coupling: ClassVar[Coupling] = "apart"
+
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         half = 0.5 / scalars.data(self.beta)
         return (chosen.log_ratio - half) ** 2 + (rejected.log_ratio + half) ** 2
@@ -325,6 +345,8 @@ class BCOPair(Paired):
     """
 
     beta: float = 0.1
+
+    coupling: ClassVar[Coupling] = "apart"
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         return _softplus_loss(self.rewards(chosen)) + _softplus_loss(-self.rewards(rejected))
@@ -353,13 +375,19 @@ class DPO(Paired):
     robust: bool = False
     length_normalised: bool = False
 
+    coupling: ClassVar[Coupling] = "margin"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: expected a number >= 0 and < 0.5, got {self.label_smoothing}")
 
+    @property
+    def per_token(self) -> bool:
+        return self.length_normalised
+
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
-        w, l = (each.ratio(self.length_normalised) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
+        w, l = (each.ratio(self.per_token) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
         margin = scalars.data(self.beta) * (w - l)
         smoothing = scalars.data(self.label_smoothing)
         kept, flipped = (1 - smoothing) * _softplus_loss(margin), smoothing * _softplus_loss(-margin)
@@ -378,8 +406,14 @@ class IPO(Paired):
     beta: float = 0.1
     length_normalised: bool = False
 
+    coupling: ClassVar[Coupling] = "margin"
+
+    @property
+    def per_token(self) -> bool:
+        return self.length_normalised
+
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
-        w, l = (each.ratio(self.length_normalised) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
+        w, l = (each.ratio(self.per_token) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
         return (w - l - 0.5 / scalars.data(self.beta)) ** 2
 
 
@@ -392,6 +426,8 @@ class Hinge(Paired):
     """
 
     beta: float = 0.1
+
+    coupling: ClassVar[Coupling] = "margin"
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         return torch.relu(1 - (self.rewards(chosen) - self.rewards(rejected)))
@@ -425,7 +461,12 @@ class SimPO(Paired):
     beta: float = 2.0
     gamma: float = 0.5
 
+    coupling: ClassVar[Coupling] = "margin"
     reference_free: ClassVar[bool] = True
+
+    @property
+    def per_token(self) -> bool:
+        return True
 
     def rewards(self, scored: Scored) -> Tensor:
         return scalars.data(self.beta) * scored.mean_log_ratio

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from . import scalars
-from .objectives import Paired, Scored, Unpaired
-from .parallel.groups import group_size, sum_over_ranks
+from . import reference, releases, scalars
+from .objectives import Loss, Paired, Scored, Unpaired
+from .options import Pairs
 
 
 @dataclass(frozen=True)
 class Preference:
     """A loss in a call of `preference_loss`, with the order of its pairs."""
 
-    objective: Unpaired | Paired
-    pairs: str
+    objective: Loss
+    pairs: Pairs
 
     @property
     def options(self) -> dict[str, object]:
@@ -28,30 +27,81 @@ class Preference:
             f"objective.{name}": value for name, value in numbers.items()
         }
 
-    def losses(
-        self,
-        logps: Tensor,  # (B,), means with `average`
-        ref_logps: Tensor | None,  # (B,), means with `average`
-        lengths: Tensor,  # (B,)
-        z0: Tensor,  # ()
-        desirable: Tensor,  # (B,) bool
-        average: bool,
-        process_group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Stages 4 and 5 up to the reduction: the losses (B,), or (B / 2,) of pairs, and the detached rewards (B,)."""
-        objective, scored = self.objective, Scored(logps.double(), ref_logps, lengths)
+    # What a walk over chunks needs to know ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def compares(self) -> bool:
+        """Whether a sequence's slope depends on the other member of its pair."""
+        return isinstance(self.objective, Paired) and self.objective.coupling != "apart"
+
+    @property
+    def margin_alone(self) -> bool:
+        """Whether one number gives the slopes of both members."""
+        return self.compares and self.objective.coupling == "margin" and self.objective.nll_weight == 0
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the margin is between log-ratios per token."""
+        return isinstance(self.objective, Paired) and self.objective.per_token
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the members of a pair must become neighbours."""
+        return self.compares and self.pairs == "halves"
+
+    def neighbours(self) -> Preference:
+        """The same loss, of sequences whose pairs are neighbours."""
+        return replace(self, pairs="interleaved")
+
+    # The loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def losses(self, judged: Judged, logps: Tensor) -> Tensor:
+        """Stages 4 and 5 up to the reduction: the losses (B,), or (B / 2,) of pairs, differentiable in the (B,)
+        `logps`."""
+        objective, scored = self.objective, judged.scored(logps)
         if isinstance(objective, Paired):
             losses = objective.loss(*[scored.select(which) for which in members(len(logps), self.pairs)])
         else:
-            losses = objective.loss(scored, desirable, z0)
+            assert isinstance(objective, Unpaired)
+            losses = objective.loss(scored, judged.desirable, judged.z0)
         if objective.nll_weight > 0:
-            sums = scored.logps * lengths if average else scored.logps
-            count = sum_over_ranks(torch.where(desirable, lengths, 0.0).sum(), process_group) / group_size(
-                process_group
-            )
-            nll = -torch.where(desirable, sums, 0.0).sum() / torch.where(count == 0, 1.0, count)
+            sums = scored.logps * scored.lengths if judged.average else scored.logps
+            nll = -torch.where(judged.desirable, sums, 0.0).sum() / judged.nll_tokens
             losses = losses + scalars.data(objective.nll_weight) * nll
-        return losses, objective.rewards(scored).detach()
+        return losses
+
+    def rewards(self, judged: Judged, logps: Tensor) -> Tensor:
+        """The detached rewards (B,) in fp64."""
+        return self.objective.rewards(judged.scored(logps.detach()))
+
+    def slopes(self, judged: Judged, logps: Tensor, reduction: str) -> Tensor:
+        """The reduced loss's derivative by each of the (B,) `logps`, by autograd. A sequence's slope does not depend on
+        the other pairs, so it is right as soon as all `logps` of its own pair are."""
+        with releases.recording():
+            leaf = logps.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(reference.reduce(self.losses(judged, leaf), reduction), leaf)
+        return slopes
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a loss knows of B sequences beside the policy's log-probabilities."""
+
+    desirable: Tensor  # (B,) bool
+    z0: Tensor  # ()
+    ref_logps: Tensor | None  # (B,), means where `average`
+    lengths: Tensor | None = None  # (B,) fp64, scored tokens on all ranks; KTO does without
+    nll_tokens: Tensor | None = None  # () fp64, the tokens that a negative log-likelihood is a mean over
+    average: bool = False  # whether the policy's log-probabilities are means over scored tokens
+
+    def scored(self, logps: Tensor) -> Scored:
+        assert self.lengths is not None
+        return Scored(logps.double(), self.ref_logps, self.lengths)
+
+    def neighbours(self) -> Judged:
+        """The same sequences with each chosen one before its rejected one, where halves were given."""
+        given = {name: getattr(self, name) for name in ("ref_logps", "lengths", "desirable")}
+        return replace(self, **{name: None if x is None else neighbours(x) for name, x in given.items()})
 
 
 def members(count: int, pairs: str) -> tuple[slice, slice]:
@@ -59,3 +109,19 @@ def members(count: int, pairs: str) -> tuple[slice, slice]:
     if pairs == "halves":
         return slice(0, count // 2), slice(count // 2, count)
     return slice(0, count, 2), slice(1, count, 2)
+
+
+def neighbours(halves: Tensor) -> Tensor:
+    """(B,) values of pairs as neighbours, given as halves."""
+    return halves.view(2, -1).t().flatten()
+
+
+def neighbours_of(halves: list) -> list:
+    """`neighbours` of a list."""
+    count = len(halves) // 2
+    return [value for pair in zip(halves[:count], halves[count:]) for value in pair]
+
+
+def halves(neighbours: Tensor) -> Tensor:
+    """(B,) values of pairs as halves, given as neighbours."""
+    return neighbours.view(-1, 2).t().flatten()

@@ -195,10 +195,11 @@ def linear_preference_loss(
 ) -> KTOOutput:
     """`preference_loss(hidden @ weight.T + bias, labels, objective)`, never holding more than `max_logits_bytes` of logits.
 
-    Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 2G with
-    a frozen head and 1G without gradients; reference and KL cost 1G each. With a trained head the policy costs 4G, as the
-    backward computes the logits once more, but 3G with `objectives.KTO` and `APOZeroUnpaired`, to which
-    `linear_kto_loss` is equal to the bit.
+    Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G with
+    a trained head, whose gradient is formed in the forward, 2G with a frozen head and 1G without gradients, whatever the
+    loss is; reference and KL cost 1G each. `linear_kto_loss` is the same with `objectives.KTO`, to the bit. The members
+    of a pair that a loss compares are in one chunk where both fit; a longer pair is deferred or recomputed, see
+    `LinearPlan`.
 
     Shapes: B sequences of T tokens, or N tokens of packed sequences; H features, and H' of the reference's; V rows of the
     head; K mismatched completions. Groups of ranks, dtypes and DTensors are those of `linear_kto_loss`. Both members of a

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .options import Objective
+
+
+class Named:
+    """A dataclass that is known only at the call, such as a loss of the user's own: it travels in an operator as the
+    name of its class and the values of its fields, which are numbers, flags, strings, None, tuples or `Named` again."""
+
+    classes: ClassVar[dict[str, type[Named]]] = {}
+    class_name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.class_name = f"{cls.__module__}.{cls.__qualname__}"
+        Named.classes[cls.class_name] = cls
+
 
 # The label of a scored row whose labelled column is on another rank: `kElsewhere` of csrc/rows.h.
 ELSEWHERE = -(2**62)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,3 +34,15 @@ def positions(mask: Tensor, count: int) -> Tensor:
     if count == 0 or len(mask) == 0:
         return torch.zeros(count, dtype=torch.int64, device=mask.device)
     return torch.nonzero_static(mask, size=count, fill_value=0).squeeze(-1)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records here, in the body of an operator too: PyTorch runs that body with the autograd keys excluded
+    from dispatch, and has no public way to take them back."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -122,12 +122,7 @@ class Backend(ABC):
             slopes = reference.mean_logps(slopes, closing.tokens)
         closing.logps.copy_(logps)
         closing.slopes.copy_(slopes)
-        if closing.divisor is None or not len(slopes):
-            return None
-        largest = torch.where(closing.lengths > 0, slopes.abs(), 0.0).amax()
-        before = closing.divisor.clone()
-        closing.divisor.copy_(before.maximum(power_of_two_below(largest)))
-        return before / closing.divisor
+        return None if closing.divisor is None else raise_divisor(closing.divisor, slopes, closing.lengths)
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         """Multiplies `tensor` in place by the () fp32 or fp64 `factor`, without waiting for the device."""
@@ -136,6 +131,17 @@ class Backend(ABC):
                 tensor.mul_(factor.item())
         else:
             tensor.mul_(factor.reshape(1))  # one-dimensional, so that the factor is not rounded to the tensor's dtype
+
+
+def raise_divisor(divisor: Tensor, slopes: Tensor, lengths: Tensor) -> Tensor | None:
+    """Raises the divisor () of slopes to the power of two below the largest of these (n,) slopes whose sequence has
+    rows. Returns the factor () by which divided slopes fell; None without slopes."""
+    if not len(slopes):
+        return None
+    largest = torch.where(lengths > 0, slopes.abs(), 0.0).amax()
+    before = divisor.clone()
+    divisor.copy_(before.maximum(power_of_two_below(largest)))
+    return before / divisor
 
 
 def power_of_two_below(largest: Tensor) -> Tensor:  # ()

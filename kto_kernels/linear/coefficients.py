@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from ..backends.base import Backend
+from ..backends.base import Backend, raise_divisor
 from ..options import Objective, Scale
+from ..pairs import Judged, Preference
 from ..parallel.groups import sums_over_ranks
 from ..records import Closing
 from .schedule import Chunk
 
 # How many logits plain PyTorch differentiates at a time, which takes several times the memory of these logits.
 _ENTROPY_ELEMENTS = 1 << 22
+
+
+# Some rows of a chunk: the number of the sequence that closes them, which rows, and their known factors (rows,) or None.
+Part: TypeAlias = "tuple[int, slice, Tensor | None]"
 
 
 class Coefficients(Protocol):
@@ -31,8 +37,14 @@ class Coefficients(Protocol):
     def of_rows(self, chunk: Chunk) -> Tensor | None:  # (C,)
         """The coefficients of a chunk's rows; None where the rows' gradients contain them already."""
 
-    def of_sequence(self, sequence: int) -> Tensor:  # ()
-        """The coefficient that every row of a sequence has."""
+    def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
+        """The chunk's sequences [first, last), where the plan may take a pair for one."""
+
+    def parts(self, chunk: Chunk) -> list[Part]:
+        """The parts of a deferred chunk's rows whose gradients are kept apart, each until `of_part` knows its factor."""
+
+    def of_part(self, sequence: int) -> Tensor:  # ()
+        """The coefficient by which the gradient is multiplied that was kept apart under this sequence's number."""
 
     def exchange(self, logps: Tensor) -> Tensor | None:  # ()
         """Adds the ranks' sums of every sequence, now that all rows of this rank are scored, and closes the sequences.
@@ -51,7 +63,13 @@ class KnownCoefficients:
     def of_rows(self, chunk: Chunk) -> Tensor | None:
         return self.values[chunk.start : chunk.stop]
 
-    def of_sequence(self, sequence: int) -> Tensor:
+    def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
+        return chunk.sequences
+
+    def parts(self, chunk: Chunk) -> list[Part]:
+        raise AssertionError("no sequence waits for a coefficient that is known")
+
+    def of_part(self, sequence: int) -> Tensor:
         raise AssertionError("no sequence waits for a coefficient that is known")
 
     def exchange(self, logps: Tensor) -> Tensor | None:
@@ -79,24 +97,23 @@ class LogpAndEntropyCoefficients(KnownCoefficients):
 
 @dataclass
 class LossCoefficients:
-    """Coefficients of the KTO loss: one for each sequence, known when the sequence's log-probability is."""
+    """Coefficients of a loss of sequence log-probabilities: one for each sequence, known when the log-probabilities of
+    the sequence, or of its pair, are. A subclass says how sequences close."""
 
     backend: Backend
     sizes: list[int]  # scored rows of each sequence on this rank
-    lengths: Tensor  # (B,) int64, the same on the device
-    ref_logps: Tensor | None  # (B,)
-    z0: Tensor  # ()
-    desirable: Tensor  # (B,) bool
+    counts: Tensor  # (B,) int64, the same on the device
+    judged: Judged
     objective: Objective
     dtype: torch.dtype  # the dtype that the GEMMs run in
     group: dist.ProcessGroup | None = None  # the ranks that the sequences' tokens are spread over
 
     def __post_init__(self) -> None:
-        device = self.desirable.device
+        device = self.counts.device
         self.starts: list[int] = [0, *itertools.accumulate(self.sizes)]
         # Made on the device: a copy from the host would wait for it, and a CUDA graph could not capture the copy. All
         # that follows from them stays inside the tensors, even where the sizes are wrong that a caller has given.
-        ends = self.lengths.cumsum(0)
+        ends = self.counts.cumsum(0)
         self.offsets: Tensor = torch.nn.functional.pad(ends, (1, 0)).clamp(max=self.starts[-1])
         rows = torch.arange(self.starts[-1], device=device)
         self.sequences: Tensor = torch.searchsorted(ends, rows, right=True).clamp(max=max(0, len(ends) - 1))
@@ -111,16 +128,56 @@ class LossCoefficients:
         self, logps: Tensor, first: int, last: int, sums: Tensor | None = None, counts: Tensor | None = None
     ) -> Tensor | None:
         """Stages 2 to 5 of sequences [first, last); over several ranks with the sums and the counts of all of them."""
+        raise NotImplementedError
+
+    def close(self, logps: Tensor, chunk: Chunk) -> Tensor | None:
+        return self._close(logps, *self.of_chunk(chunk))
+
+    def exchange(self, logps: Tensor) -> Tensor | None:
+        if self.group is None:
+            return self._close(logps, 0, len(self.slopes))
+        counts = self.counts if self.objective.average_log_prob else None
+        sums = sums_over_ranks(reference.per_sequence(logps, self.offsets), counts, self.group)
+        return self._close(logps, 0, len(self.slopes), *sums)
+
+    def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
+        return chunk.sequences
+
+    def parts(self, chunk: Chunk) -> list[Part]:
+        return [(chunk.sequences[0], slice(None), None)]
+
+    def of_rows(self, chunk: Chunk) -> Tensor | None:
+        first, last = self.of_chunk(chunk)
+        if last - first == 1:
+            return self._divided(self.slopes[first:last]).to(reference.compute_dtype(self.dtype)).expand(chunk.rows)
+        slopes = self._divided(self.slopes).to(reference.compute_dtype(self.dtype))
+        return slopes.index_select(0, self.sequences[chunk.start : chunk.stop])
+
+    def of_part(self, sequence: int) -> Tensor:
+        return self._divided(self.slopes[sequence])
+
+    def _divided(self, slopes: Tensor) -> Tensor:
+        return slopes if self.divisor is None else slopes / self.divisor
+
+
+@dataclass
+class KTOCoefficients(LossCoefficients):
+    """Coefficients of the KTO loss, whose sequences a kernel closes."""
+
+    def _close(
+        self, logps: Tensor, first: int, last: int, sums: Tensor | None = None, counts: Tensor | None = None
+    ) -> Tensor | None:
+        ref_logps = self.judged.ref_logps
         closing = Closing(
             token_logps=logps,
             rows=(self.starts[first], self.starts[last]),
             offsets=self.offsets[first : last + 1],
             sums=sums,
-            lengths=self.lengths[first:last],
+            lengths=self.counts[first:last],
             counts=counts,
-            ref_logps=None if self.ref_logps is None else self.ref_logps[first:last],
-            z0=self.z0,
-            desirable=self.desirable[first:last],
+            ref_logps=None if ref_logps is None else ref_logps[first:last],
+            z0=self.judged.z0,
+            desirable=self.judged.desirable[first:last],
             batch=len(self.slopes),
             logps=self.logps[first:last],
             slopes=self.slopes[first:last],
@@ -128,25 +185,54 @@ class LossCoefficients:
         )
         return self.backend.close_sequences(closing, self.objective)
 
-    def close(self, logps: Tensor, chunk: Chunk) -> Tensor | None:
-        return self._close(logps, *chunk.sequences)
 
-    def exchange(self, logps: Tensor) -> Tensor | None:
-        if self.group is None:
-            return self._close(logps, 0, len(self.slopes))
-        counts = self.lengths if self.objective.average_log_prob else None
-        sums = sums_over_ranks(reference.per_sequence(logps, self.offsets), counts, self.group)
-        return self._close(logps, 0, len(self.slopes), *sums)
+@dataclass
+class PreferenceCoefficients(LossCoefficients):
+    """Coefficients of any loss, by autograd at the level of the B sequences. The members of a pair that is compared
+    are neighbours, and one sequence of the plan."""
 
-    def of_rows(self, chunk: Chunk) -> Tensor | None:
+    preference: Preference = field(kw_only=True)
+
+    def _close(
+        self, logps: Tensor, first: int, last: int, sums: Tensor | None = None, counts: Tensor | None = None
+    ) -> Tensor | None:
+        if sums is None:
+            begin, end = self.starts[first], self.starts[last]
+            sums = reference.per_sequence(logps[begin:end], self.offsets[first : last + 1].clamp(begin, end) - begin)
+        judged, lengths = self.judged, self.judged.scored(self.logps).lengths[first:last]
+        self.logps[first:last] = reference.mean_logps(sums, lengths) if judged.average else sums
+        slopes = self.preference.slopes(judged, self.logps, self.objective.reduction)[first:last]
+        self.slopes[first:last] = reference.mean_logps(slopes, lengths) if judged.average else slopes
+        if self.divisor is None:
+            return None
+        return raise_divisor(self.divisor, self.slopes[first:last], self.counts[first:last])
+
+    def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
         first, last = chunk.sequences
-        if last - first == 1:
-            return self._divided(self.slopes[first:last]).to(reference.compute_dtype(self.dtype)).expand(chunk.rows)
-        slopes = self._divided(self.slopes).to(reference.compute_dtype(self.dtype))
-        return slopes.index_select(0, self.sequences[chunk.start : chunk.stop])
+        return (2 * first, 2 * last) if self.preference.compares else (first, last)
 
-    def of_sequence(self, sequence: int) -> Tensor:
-        return self._divided(self.slopes[sequence])
+    def parts(self, chunk: Chunk) -> list[Part]:
+        if not self.preference.compares:
+            return super().parts(chunk)
+        chosen, rejected = (2 * chunk.sequences[0] + i for i in (0, 1))
+        if self.preference.margin_alone:
+            return [(chosen, slice(None), self._shares[self.sequences[chunk.start : chunk.stop]])]
+        edge = min(max(self.starts[rejected], chunk.start), chunk.stop) - chunk.start
+        parts = ((chosen, slice(0, edge), None), (rejected, slice(edge, chunk.rows), None))
+        return [part for part in parts if part[1].start < part[1].stop]
 
-    def _divided(self, slopes: Tensor) -> Tensor:
-        return slopes if self.divisor is None else slopes / self.divisor
+    def of_part(self, sequence: int) -> Tensor:
+        if not self.preference.margin_alone:
+            return super().of_part(sequence)
+        slopes, shares = (x[sequence : sequence + 2] for x in (self.slopes, self._shares))
+        return self._divided((slopes * shares).index_select(0, shares.abs().argmax().view(1)).squeeze(0))
+
+    @functools.cached_property
+    def _shares(self) -> Tensor:
+        """(B,) the slopes of both members as multiples of one number, where the margin alone decides them: ±1, or
+        less for the longer member where the margin is between log-ratios per token; 0 for a member without tokens."""
+        lengths = self.judged.scored(self.logps).lengths.view(-1, 2)
+        shares = torch.where(lengths > 0, 1 / lengths, 0.0) if self.preference.per_token else torch.ones_like(lengths)
+        largest = shares.amax(1, keepdim=True)
+        chosen, rejected = (shares / torch.where(largest > 0, largest, 1.0)).unbind(1)
+        return torch.stack([chosen, -rejected], 1).flatten()

@@ -14,11 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from . import schedule
 from .schedule import Chunk, Task
+
+# How the coefficients of a pair's members depend on each other, see `LinearPlan.of`.
+Pairing: TypeAlias = Literal["margin", "both"]
 
 # Machine balance: FLOPs of a GEMM in the time of one byte from memory. It steers the automatic choices and changes no
 # result.
@@ -54,6 +58,8 @@ class LinearPlan:
         weight_gradient_dtype: the dtype in which dW is summed: fp32, or the head's dtype where dW is one product.
         buffer_rows: rows of the logits' buffer, which holds the largest chunk, or all kept rows.
         kept_rows: rows whose logits stay in the buffer until the exchange.
+        pairs: as given to `LinearPlan.of`. Where it is not None, a pair counts as one sequence in `chunks`, `deferred`
+            and `recomputed`.
     """
 
     rows: int
@@ -70,6 +76,7 @@ class LinearPlan:
     weight_gradient_dtype: torch.dtype
     buffer_rows: int
     kept_rows: int
+    pairs: Pairing | None = None
 
     @classmethod
     def of(
@@ -89,6 +96,7 @@ class LinearPlan:
         max_logits_bytes: int | None = None,
         long_sequences: str = "auto",
         open_sequences: Sequence[bool] | None = None,
+        pairs: Pairing | None = None,
         device: torch.device | str = "cuda",
         balance: float | None = None,
         widest: int | None = None,
@@ -115,6 +123,11 @@ class LinearPlan:
                 and "defer" as many as leave the others room in one chunk; each has a buffer of its own.
             open_sequences: for each of the B sequences, whether it has tokens on other ranks too. None: there are no
                 other ranks.
+            pairs: how the members of a pair depend on each other, where neighbours among the B sequences are pairs
+                whose log-probabilities must be known together; the plan then takes each pair for one sequence.
+                "margin": one number gives the coefficients of both members, so a deferred pair takes one buffer, as in
+                DPO; "both": two numbers, so it takes a buffer for each member that has deferred rows, as with a negative
+                log-likelihood. None: each sequence has a coefficient of its own.
             device: the device, whose type sets the balance where none is given.
             balance: FLOPs of a GEMM in the time of one byte from memory. None: a typical number for the device type.
             widest: the most columns that a rank of the vocabulary group has. Chunks are cut for this rank, so that they
@@ -134,12 +147,20 @@ class LinearPlan:
         """
         device = torch.device(device)
         balance = _balance(device, dtype) if balance is None else balance
+        if pairs is not None and len(lengths) % 2:
+            raise ValueError(f"lengths: expected an even number of sequences with pairs={pairs!r}, got {len(lengths)}")
+        lengths, chosen_lengths = list(lengths), None
+        if pairs is not None:
+            chosen_lengths = lengths[::2] if pairs == "both" else None
+            lengths = [sum(pair) for pair in zip(lengths[::2], lengths[1::2])]
+            if open_sequences is not None:
+                open_sequences = [any(pair) for pair in zip(open_sequences[::2], open_sequences[1::2])]
         most = vocab if widest is None else widest
         row_bytes = most * dtype.itemsize
 
         def cut(chunk_rows: int, vocab: int = most) -> LinearPlan:
             return _cut(
-                cls, list(lengths), vocab, hidden, dtype, needs_hidden, needs_weight,
+                cls, lengths, pairs, chosen_lengths, vocab, hidden, dtype, needs_hidden, needs_weight,
                 (needs_weight or needs_bias) and not known_coefficients, known_coefficients,
                 dtype if weight_dtype is None else weight_dtype, sum(lengths) if hidden_rows is None else hidden_rows,
                 dtype if hidden_dtype is None else hidden_dtype, chunk_rows,
@@ -202,8 +223,9 @@ class LinearPlan:
             f"{self.gemm_units:.2f} G, {_size(self.peak_bytes)} at most"
         ]
         lines += [f"  {_size(size):>10}  {name}" for name, size in self.bytes.items()]
+        unit = "sequence" if self.pairs is None else "pair"
         for kind in ("deferred", "recomputed"):
-            lines += [f"  sequence {i} {kind}: {why}" for i, why in getattr(self, kind)]
+            lines += [f"  {unit} {i} {kind}: {why}" for i, why in getattr(self, kind)]
         if self.kept_rows:
             lines.append(
                 f"  {self.kept_rows:,} rows wait in the logits' buffer for what the other ranks' tokens sum to"
@@ -224,21 +246,30 @@ def _balance(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _cut(
-    cls, lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients, weight_dtype,
-    hidden_rows, hidden_dtype, chunk_rows, late, open_sequences, sharded
+    cls, lengths, pairs, chosen_lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients,
+    weight_dtype, hidden_rows, hidden_dtype, chunk_rows, late, open_sequences, sharded
 ) -> LinearPlan:  # fmt: skip
-    """The plan with chunks of `chunk_rows`; `bound` says that rows wait for their sequence's coefficient."""
+    """The plan with chunks of `chunk_rows`; `bound` says that rows wait for their sequence's coefficient, and
+    `chosen_lengths` are given where a sequence is a pair whose members have coefficients of their own."""
     deferred: list[tuple[int, str]] = []
     recomputed: list[tuple[int, str]] = []
     heads = 1  # gradients of the head at once
+
+    def buffers(i: int, early: int) -> int:
+        if chosen_lengths is None:
+            return 1
+        return (min(early, chosen_lengths[i]) > 0) + (early > chosen_lengths[i])
+
     if bound:
         opened = {i for i, length in enumerate(lengths) if length and open_sequences and open_sequences[i]}
         chunks = []
-        if alone := schedule.around_whole_sequences(lengths, opened, chunk_rows, late, deferred, recomputed):
-            heads += len(deferred) > 1
+        how = (lengths, opened, chunk_rows, late, buffers, deferred, recomputed)
+        alone = schedule.around_whole_sequences(*how)
+        # The gradient kept apart of the first deferred sequence becomes the sum.
+        heads = max([1, *(buffers(i, lengths[i] - chunk_rows) + (k > 0) for k, (i, _) in enumerate(deferred))])
         if open_sequences is not None:
-            chunks = schedule.around_the_exchange(lengths, opened, chunk_rows, late, deferred, recomputed)
-            heads = max(heads, bool(alone) + sum(i in opened for i, _ in deferred))
+            chunks = schedule.around_the_exchange(*how)
+            heads = max(heads, bool(alone) + sum(buffers(i, lengths[i]) for i, _ in deferred if i in opened))
         chunks = alone + chunks
     else:
         task = Task.RECOMPUTE if known_coefficients else Task.CLOSE if needs_hidden else Task.SCORE
@@ -273,5 +304,5 @@ def _cut(
         rows=rows, vocab=vocab, hidden=hidden, dtype=dtype, chunk_rows=chunk_rows, chunks=tuple(chunks),
         deferred=tuple(deferred), recomputed=tuple(recomputed), bytes=sizes, peak_bytes=peak,
         gemm_units=products / rows if rows else 0.0, weight_gradient_dtype=gradient_dtype, buffer_rows=max(kept, most),
-        kept_rows=kept,
+        kept_rows=kept, pairs=pairs,
     )  # fmt: skip

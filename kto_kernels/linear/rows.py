@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks, reference, releases
 from ..backends.base import Backend
 from ..options import Scale, Scoring
+from ..pairs import neighbours, neighbours_of
 from ..parallel import vocabulary
 from ..parallel.groups import VocabShard
 from ..records import ChunkScores, Completions, local_labels
@@ -48,6 +49,17 @@ class ScoredRows:
             target = target.clamp(0, vocab - 1)
         local = target if shard is None else local_labels(target, shard.offset, columns)
         return cls(hidden, positions, local, lengths, counts, shard)
+
+    def neighbours(self) -> ScoredRows:
+        """The same rows in another order: each chosen sequence before its rejected one, where halves are given."""
+        ends, pairs = self.counts.cumsum(0), len(self.lengths) // 2
+        rows = torch.arange(len(self.positions), device=ends.device)
+        sequences = torch.searchsorted(ends, rows, right=True).clamp(max=max(0, len(ends) - 1))
+        places = torch.where(sequences < pairs, 2 * sequences, 2 * (sequences - pairs) + 1)
+        order = places.argsort(stable=True)
+        lengths = neighbours_of(self.lengths)
+        positions, labels = self.positions.index_select(0, order), self.labels.index_select(0, order)
+        return replace(self, positions=positions, labels=labels, lengths=lengths, counts=neighbours(self.counts))
 
     def take(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:  # (C, H)
         rows = self.positions[chunk.start : chunk.stop]

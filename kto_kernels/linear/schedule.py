@@ -14,8 +14,11 @@ from typing import TypeAlias
 _DEFER_ROWS_PER_BALANCE = 6
 
 
-# (rows before a sequence's last chunk, gradients of the head kept apart already) → (the task of these rows, why)
+# (rows before a sequence's last chunk, buffers that deferring would take, gradients of the head kept apart already) →
+# (the task of these rows, why)
 Late: TypeAlias = Callable[..., "tuple[Task, str]"]
+# (sequence, how many of the sequence's first rows are deferred) → buffers for their gradients
+Buffers: TypeAlias = Callable[[int, int], int]
 Told: TypeAlias = tuple[int, str]  # (sequence, why it is deferred or recomputed)
 
 
@@ -50,17 +53,20 @@ class Chunk:
 def late(needs_weight: bool, long_sequences: str, balance: float) -> Late:
     """The function that chooses between deferring and recomputing, for one plan."""
 
-    def choose(early: int, apart: int = 0) -> tuple[Task, str]:
+    def choose(early: int, buffers: int, apart: int = 0) -> tuple[Task, str]:
         if long_sequences != "auto":
             return Task.DEFER if long_sequences == "defer" else Task.RECOMPUTE, f"long_sequences={long_sequences!r}"
         if apart:
             return Task.RECOMPUTE, "another is deferred, and each would take a dW of its own"
         if not needs_weight:
             return Task.DEFER, "a second bias gradient costs nothing"
-        worth = round(_DEFER_ROWS_PER_BALANCE * balance)
+        worth = round(_DEFER_ROWS_PER_BALANCE * balance) * buffers
+        passes, cost = "a pass over a second dW", "costs"
+        if buffers > 1:
+            passes, cost = "passes over two further dW, one for each member,", "cost"
         if early < worth:
-            return Task.RECOMPUTE, f"a pass over a second dW would cost as much as {worth:,} rows"
-        return Task.DEFER, f"a pass over a second dW costs only as much as {worth:,} rows"
+            return Task.RECOMPUTE, f"{passes} would cost as much as {worth:,} rows"
+        return Task.DEFER, f"{passes} {cost} only as much as {worth:,} rows"
 
     return choose
 
@@ -75,7 +81,13 @@ def _runs(lengths: list[int], chosen: set[int]) -> list[tuple[int, int, int, int
 
 
 def around_whole_sequences(
-    lengths: list[int], opened: set[int], chunk_rows: int, late: Late, deferred: list[Told], recomputed: list[Told]
+    lengths: list[int],
+    opened: set[int],
+    chunk_rows: int,
+    late: Late,
+    buffers: Buffers,
+    deferred: list[Told],
+    recomputed: list[Told],
 ) -> list[Chunk]:
     """Chunks that end where sequences end, of the sequences that are not open. Deferred sequences come first, one after
     another, so that at most one dW is kept apart at a time."""
@@ -92,7 +104,7 @@ def around_whole_sequences(
             if length <= chunk_rows:
                 continue
             last_chunk = stop - chunk_rows
-            task, why = late(length - chunk_rows)
+            task, why = late(length - chunk_rows, buffers(i, length - chunk_rows))
             (deferred if task is Task.DEFER else recomputed).append(
                 (i, f"{_about(length, length - chunk_rows)}; {why}")
             )
@@ -110,7 +122,13 @@ def around_whole_sequences(
 
 
 def around_the_exchange(
-    lengths: list[int], opened: set[int], chunk_rows: int, late: Late, deferred: list[Told], recomputed: list[Told]
+    lengths: list[int],
+    opened: set[int],
+    chunk_rows: int,
+    late: Late,
+    buffers: Buffers,
+    deferred: list[Told],
+    recomputed: list[Told],
 ) -> list[Chunk]:
     """Chunks of the open sequences, before and after the exchange. One chunk's number of rows is kept in the buffer
     until the exchange. The rows before them are deferred, by whole sequences, or recomputed."""
@@ -122,7 +140,7 @@ def around_the_exchange(
         if rest <= chunk_rows:
             break
         early = min(lengths[i], rest - chunk_rows)
-        task, why = late(early, len(apart))
+        task, why = late(early, buffers(i, lengths[i]), len(apart))
         if task is Task.RECOMPUTE:
             break
         deferred.append((i, f"{_about(lengths[i], early)}, open on other ranks; {why}"))

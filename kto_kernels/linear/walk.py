@@ -68,7 +68,7 @@ def walk(
     hidden = torch.zeros(rows.hidden.shape if needs.hidden else 0, dtype=rows.hidden.dtype, device=device)
     flat = hidden.view(-1, hidden.shape[-1]) if needs.hidden else hidden
     total = HeadGradient(needs, plan.weight_gradient_dtype)
-    apart: dict[int, HeadGradient] = {}  # deferred sequence → its gradient so far, unscaled
+    apart: dict[int, HeadGradient] = {}  # deferred sequence → the gradient kept apart, without its coefficient
     kept: list[tuple[Chunk, Tensor]] = []  # kept chunks, whose logits' gradients lie in the buffer
     buffer = backend.empty((plan.buffer_rows, head.weight.shape[0]), dtype, device)
     on_its_way: list[_Sum] = []  # at most one sum
@@ -84,19 +84,24 @@ def walk(
         if factor is not None:
             total.scale_(factor, backend)
 
+    def fold(first: int, last: int) -> None:
+        for sequence in sorted(apart):
+            if first <= sequence < last:
+                total.fold(apart.pop(sequence), coefficients.of_part(sequence))
+
     def form(chunk: Chunk, gradient: Tensor, h: Tensor) -> None:
         if needs.hidden and rows.shard is not None:
             settle()
             on_its_way.append(_Sum(chunk, torch.mm(gradient, head.weight), rows.shard.group))
         if needs.head:
-            sequence = chunk.sequences[0]
             if chunk.task is Task.DEFER:
-                apart.setdefault(sequence, HeadGradient(needs, float_dtype)).add(gradient, h, None)
+                for sequence, part, factors in coefficients.parts(chunk):
+                    kept_apart = apart.setdefault(sequence, HeadGradient(needs, float_dtype))
+                    kept_apart.add(gradient[part], h[part], factors)
             else:
                 if chunk.task is Task.CLOSE:
                     rescale(coefficients.close(logps, chunk))
-                    if sequence in apart:
-                        total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
+                    fold(*coefficients.of_chunk(chunk))
                 total.add(gradient, h, coefficients.of_rows(chunk))
         if needs.hidden and rows.shard is None:
             # The chunk's hidden states are no longer needed: their gradient overwrites them.
@@ -106,8 +111,7 @@ def walk(
         if chunk.task is Task.EXCHANGE:
             rescale(coefficients.exchange(logps))
             # Without a sum so far, the first gradient kept apart becomes the sum.
-            for sequence in list(apart):
-                total.fold(apart.pop(sequence), coefficients.of_sequence(sequence))
+            fold(0, len(rows.lengths))
             for waiting, gradient in kept:
                 form(waiting, gradient, rows.take(waiting, dtype))
             kept.clear()

@@ -24,12 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import reference
 from ..backends import Backend, select
 from ..backends.base import power_of_two_below
-from ..linear.coefficients import KnownCoefficients, LogpAndEntropyCoefficients, LossCoefficients
+from ..linear.coefficients import KnownCoefficients, KTOCoefficients, LogpAndEntropyCoefficients, PreferenceCoefficients
 from ..linear.head import Head, Needs, autocasts, gradient_dtype
 from ..linear.plan import LinearPlan
 from ..linear.rows import ScoredRows, scored_counts, scored_targets
 from ..linear.walk import Walk, walk
 from ..options import OUTPUTS, Chunking, Objective, Scoring
+from ..pairs import Judged, Preference, halves, neighbours_of
 from ..parallel.groups import VocabShard, by_name
 from ..records import Completions
 from .schema import Backward, Operator
@@ -81,12 +82,13 @@ class Projected:
             widest=None if self.shard is None else self.shard.widest, **options,
         )  # fmt: skip
 
-    def flops(self, needs: Needs, **options: Any) -> int:
-        """The FLOPs of the plan's GEMMs."""
+    def flops(self, needs: Needs, reordered: bool = False, **options: Any) -> int:
+        """The FLOPs of the plan's GEMMs; `reordered` as in LinearKTO."""
         if isinstance(self.labels, FakeTensor):  # no values to look at: every row counts
-            return self.plan([self.labels.numel()], needs, **options).flops
+            return self.plan([self.labels.numel()], needs, **options | {"pairs": None}).flops
         _, scored = scored_targets(self.completions, self.scoring, self.vocab)
-        return self.plan(scored_counts(scored, self.cu_seqlens).tolist(), needs, **options).flops
+        lengths = scored_counts(scored, self.cu_seqlens).tolist()
+        return self.plan(neighbours_of(lengths) if reordered else lengths, needs, **options).flops
 
     # Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -298,14 +300,28 @@ class LinearKTO:
     """A call of `linear_kto`."""
 
     side: Projected
-    desirable: Tensor  # (B,) bool
-    ref_logps: Tensor | None  # (B,)
-    z0: Tensor  # ()
+    judged: Judged
     objective: Objective  # whose reduction is "mean" or "sum"
     needs: Needs
+    preference: Preference | None = None  # the loss, where it is not the KTO loss of `objective`
     open_sequences: list[bool] | None = None  # (B,) which sequences have tokens on other ranks too
     context_group: str | None = None  # the group of these ranks, by name
     inplace_backward: bool = True  # as in LinearTokenLogps
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the walk takes the members of a pair one after the other, which are given in two halves."""
+        return self.preference is not None and self.preference.reordered
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """How the plan deals with sequences."""
+        opened, pairs = self.open_sequences, None
+        if self.preference is not None and self.preference.compares:
+            pairs = "margin" if self.preference.margin_alone else "both"
+        if opened is not None and self.reordered:
+            opened = neighbours_of(opened)
+        return {"long_sequences": self.side.chunking.long_sequences, "open_sequences": opened, "pairs": pairs}
 
 
 @dataclass(frozen=True)
@@ -328,22 +344,27 @@ class LinearLoss:
 def linear_kto(call: LinearKTO) -> LinearLoss:
     side, needs, objective = call.side, call.needs, call.objective
     backend = side.backend()
-    rows = side.rows(backend)
-    long_sequences = side.chunking.long_sequences
-    plan = side.plan(rows.lengths, needs, long_sequences=long_sequences, open_sequences=call.open_sequences)
+    rows, judged, preference = side.rows(backend), call.judged, call.preference
+    if call.reordered:
+        rows, judged, preference = (x.neighbours() for x in (rows, judged, preference))
+    plan = side.plan(rows.lengths, needs, **call.planned)
     group = None if call.context_group is None else by_name(call.context_group)
-    coefficients = LossCoefficients(
-        backend, rows.lengths, rows.counts, call.ref_logps, call.z0, call.desirable, objective, side.dtype, group
-    )
+    how = (backend, rows.lengths, rows.counts, judged, objective, side.dtype, group)
+    coefficients = KTOCoefficients(*how) if preference is None else PreferenceCoefficients(*how, preference=preference)
     walked = walk(rows, side.head(), plan, backend, needs, side.chunking.outputs, coefficients)
     logps = coefficients.logps
-    losses, _, rewards = backend.value_stages(logps, call.ref_logps, call.z0, call.desirable, objective)
+    if preference is None:
+        of_loss = (judged.ref_logps, judged.z0, judged.desirable, objective)
+        losses, _, rewards = backend.value_stages(logps, *of_loss)
+    else:
+        losses, rewards = preference.losses(judged, logps), preference.rewards(judged, logps)
+    by_sequence = {"sequence_logps": logps, "rewards": rewards, "slopes": coefficients.slopes}
+    if call.reordered:
+        by_sequence = {name: halves(values) for name, values in by_sequence.items()}
     weight_gradient, bias_gradient = walked.head.result(side.weight, side.bias, coefficients.divisor)
     return LinearLoss(
         loss=reference.reduce(losses, objective.reduction).to(reference.compute_dtype(side.dtype)),
-        sequence_logps=logps,
-        rewards=rewards,
-        slopes=coefficients.slopes,
+        **by_sequence,
         **side.tokens(walked, rows),
         hidden_gradient=walked.hidden,
         weight_gradient=weight_gradient,
@@ -357,9 +378,9 @@ def _(call: LinearKTO) -> LinearLoss:
     gradients = side.fake_gradients(call.needs)
     return LinearLoss(
         loss=empty((), dtype=reference.compute_dtype(side.dtype)),
-        sequence_logps=empty(call.desirable.shape, dtype=torch.float64),
-        rewards=empty(call.desirable.shape, dtype=torch.float64),
-        slopes=empty(call.desirable.shape, dtype=torch.float64),
+        sequence_logps=empty(call.judged.desirable.shape, dtype=torch.float64),
+        rewards=empty(call.judged.desirable.shape, dtype=torch.float64),
+        slopes=empty(call.judged.desirable.shape, dtype=torch.float64),
         **side.fake_tokens(),
         hidden_gradient=gradients.hidden,
         weight_gradient=gradients.weight,
@@ -369,8 +390,7 @@ def _(call: LinearKTO) -> LinearLoss:
 
 @linear_kto.flops
 def _(call: LinearKTO) -> int:
-    long_sequences = call.side.chunking.long_sequences
-    return call.side.flops(call.needs, long_sequences=long_sequences, open_sequences=call.open_sequences)
+    return call.side.flops(call.needs, call.reordered, **call.planned)
 
 
 def _save_loss(call: LinearKTO, result: LinearLoss) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import checks, scalars
+from ..records import Named
 
 # Namespace ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -56,6 +57,8 @@ _DEBUGGING = os.environ.get("KTO_KERNELS_DEBUG") == "1"
 
 # Records and schemas ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+# Kinds of the values in a record whose class is known only at the call. A bool is an int too, and comes first.
+_KINDS = (type(None), bool, int, str, tuple, float, Named)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -67,7 +70,7 @@ class _Subset:
 @dataclasses.dataclass(frozen=True)
 class _Field:
     name: str
-    kind: Any  # Tensor, float, int, bool, str, torch.dtype, a tuple of choices, a _Subset of choices, list[bool]
+    kind: Any  # Tensor, float, int, bool, str, torch.dtype, a tuple of choices, a _Subset of choices, list[bool], Named
     optional: bool
     record: type | None = None  # the field's type where it is a record again
     fields: tuple[_Field, ...] = ()  # the fields of that record
@@ -82,6 +85,8 @@ def _field(name: str, hint: Any) -> _Field:
     optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
     if optional:
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if isinstance(hint, type) and issubclass(hint, Named):
+        return _Field(name, Named, optional)
     if dataclasses.is_dataclass(hint):
         return _Field(name, None, optional, hint, _fields_of(hint))
     if typing.get_origin(hint) is Literal:
@@ -125,11 +130,36 @@ class _Packed:
                 self.ints.append(_DTYPES.index(value))
             elif isinstance(kind, tuple):
                 self.ints.append(kind.index(value))
+            elif kind is Named:
+                self.add_any(value)
             elif isinstance(kind, _Subset):
                 self.ints.extend([1 if choice in value else 0 for choice in kind.choices])
             else:
                 self.ints.append(len(value))
                 self.ints.extend([1 if flag else 0 for flag in value])
+
+    def add_any(self, value: Any) -> None:
+        """A value whose kind no annotation tells, behind the number of its kind in `_KINDS`."""
+        if isinstance(value, Named):
+            kind, parts = Named, [getattr(value, field.name) for field in dataclasses.fields(value)]
+        else:
+            kind = next((kind for kind in _KINDS if isinstance(value, kind)), float)
+            parts = value if kind is tuple else ()
+            if kind is float and not isinstance(value, (float, torch.SymFloat, Tensor)):
+                raise TypeError(
+                    f"objective: a record's fields are numbers, flags, strings, tuples or records, got {value!r}"
+                )
+        self.ints.append(_KINDS.index(kind))
+        if kind is Named:
+            self.names.append(value.class_name)
+        elif kind is str:
+            self.names.append(value)
+        elif kind is float:
+            self.floats.append(value)
+        elif kind is not type(None):
+            self.ints.append(len(value) if kind is tuple else int(value))
+        for part in parts:
+            self.add_any(part)
 
 
 @dataclasses.dataclass
@@ -156,6 +186,8 @@ class _Unpacked:
             return next(self.floats)
         if kind is str:
             return next(self.names)
+        if kind is Named:
+            return self.any()
         if isinstance(kind, _Subset):
             return tuple([choice for choice in kind.choices if next(self.ints)])
         number = next(self.ints)
@@ -168,6 +200,17 @@ class _Unpacked:
         if isinstance(kind, tuple):
             return kind[number]
         return [bool(next(self.ints)) for _ in range(number)]
+
+    def any(self) -> Any:
+        kind = _KINDS[next(self.ints)]
+        if kind is Named:
+            record = Named.classes[next(self.names)]
+            return record(**{field.name: self.any() for field in dataclasses.fields(record)})
+        if kind is tuple:
+            return tuple([self.any() for _ in range(next(self.ints))])
+        if kind is type(None):
+            return None
+        return next(self.names) if kind is str else next(self.floats) if kind is float else kind(next(self.ints))
 
 
 def _flat(fields: tuple[_Field, ...], prefix: str = "") -> Iterator[tuple[str, _Field]]:
@@ -231,9 +274,9 @@ class Operator:
         self._tensors = _getter(self._paths.values())
         kinds = [field.kind for field in flat.values() if field.kind is not Tensor]
         self._packed = {
-            "floats": float in kinds,
+            "floats": float in kinds or Named in kinds,
             "ints": len(kinds) > kinds.count(float) + kinds.count(str),
-            "names": str in kinds,
+            "names": str in kinds or Named in kinds,
         }
         self.arguments: list[str] = [*self._paths, *(name for name, there in self._packed.items() if there)]
         self.results: list[str] = (

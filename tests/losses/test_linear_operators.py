@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kto_kernels import LinearPlan, linear_kto_loss, linear_token_logps
 from kto_kernels.linear.head import Needs
+from kto_kernels.objectives import BCO, KTO
 from kto_kernels.ops import linear as linear_ops
 from kto_kernels.options import Chunking, Objective, Scale, Scoring
+from kto_kernels.pairs import Judged, Preference
 from tests.support.linear_harness import HEAD, VOCAB, WIDTH, gemm_flops, linear_problem, ours_linear
 from tests.support.operator_cases import both
 
@@ -254,19 +256,27 @@ def test_opcheck_passes_for_token_logps(packed, gradient):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("trained", [(True, True, True), (False, True, False), (True, False, True)])
-def test_opcheck_passes_for_the_loss_and_its_backward(packed, trained):
+@pytest.mark.parametrize(
+    ("trained", "objective"),
+    [
+        ((True, True, True), None),
+        ((False, True, False), KTO(nll_weight=0.5)),
+        ((True, False, True), None),
+        ((True, True, True), BCO(0.2, reward_shift=0.1)),
+    ],
+)
+def test_opcheck_passes_for_the_loss_and_its_backward(packed, trained, objective):
     p = linear_problem(packed=packed, ref="logps")
     head = [
         leaf.detach().requires_grad_(needed) for leaf, needed in zip((p.hidden, p.weight, p.tensors["bias"]), trained)
     ]
+    z0, count = torch.tensor(0.3, dtype=torch.float64), len(p.desirable)
     call = linear_ops.LinearKTO(
         projected(p, head, long_sequences="defer", outputs=("mean_logits",)),
-        p.desirable,
-        p.tensors["ref_logps"],
-        torch.tensor(0.3, dtype=torch.float64),
+        Judged(p.desirable, z0, p.tensors["ref_logps"], torch.full((count,), 3.0, dtype=torch.float64), z0),
         Objective(0.1, 1.0, 1.2),
         Needs(*trained),
+        None if objective is None else Preference(objective, "halves"),
         [i % 2 == 0 for i in range(len(p.desirable))] if packed else None,
         inplace_backward=False,
     )

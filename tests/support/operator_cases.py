@@ -12,9 +12,11 @@ from torch.library import CustomOpDef
 
 from kto_kernels.linear.head import Needs
 from kto_kernels.linear.rows import counted
+from kto_kernels.objectives import BCO, DPO
 from kto_kernels.ops import linear, logits
 from kto_kernels.ops.schema import Operator
 from kto_kernels.options import OUTPUTS, Chunking, Objective, Scale, Scoring
+from kto_kernels.pairs import Judged, Preference
 
 VOCAB, WIDTH = 11, 6
 LAYOUTS = (
@@ -51,7 +53,7 @@ def labels_of(layout: str) -> tuple[Tensor, Tensor | None, int]:
         case "nothing scored":
             return torch.full((3, 4), -100), None, 3
         case "packed":
-            return tokens[0, :7], torch.tensor([0, 3, 3, 7], dtype=torch.int32), 3
+            return tokens[0, :7], torch.tensor([0, 3, 3, 5, 7], dtype=torch.int32), 4
         case "packed, no sequence":
             return tokens[0, :0], torch.tensor([0]), 0
         case "packed, no token":
@@ -140,10 +142,15 @@ def linear_cases(
         entropy_grad, needs = torch.randn(labels.shape, dtype=values) if k % 3 == 2 else None, Needs(*flags)
         yield from both(linear.linear_backward, linear.LinearBackward(grad, entropy_grad, side(), needs))
         if labels.dim() == 2 or cu_seqlens is not None:
-            desirable, z0 = torch.arange(count) % 2 == 0, torch.tensor(0.3, dtype=torch.float64)
-            objective = Objective(0.1, 1.0, 1.2)
+            lengths, tokens = torch.full((count,), 2.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
+            z0 = torch.tensor(0.3, dtype=torch.float64)
+            judged = Judged(torch.arange(count) % 2 == 0, z0, None, lengths, tokens)
+            preference = None
+            if k >= 5:
+                preference = Preference(BCO(nll_weight=0.5) if count % 2 else DPO(robust=k == 6), "halves")
             asked = side("entropy") if k % 2 else side()
-            call = linear.LinearKTO(asked, desirable, None, z0, objective, needs, inplace_backward=False)
+            objective = Objective(0.1, 1.0, 1.2)
+            call = linear.LinearKTO(asked, judged, objective, needs, preference, inplace_backward=False)
             yield from both(linear.linear_kto, call)
     contiguous = torch.randn(*labels.shape, WIDTH).to(dtypes[0])
     yield from both(linear.scale_, linear.Scaling(contiguous, torch.tensor(2.0, dtype=values), backend))
