@@ -274,6 +274,12 @@ def sequences(name: str, value: Tensor, count: int, meaning: str, like: Tensor) 
     shape(name, value, (count,), meaning)
 
 
+def weight_values(name: str, value: Tensor) -> None:
+    """Checks that weights are finite and >= 0, where they may be read."""
+    if readable(value) and not bool(((value >= 0) & (value < torch.inf)).all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0")
+
+
 def desirable(value: Tensor, count: int, like: Tensor) -> None:
     tensor("desirable", value, (torch.bool,), like)
     shape("desirable", value, (count,), "one per sequence")

@@ -26,6 +26,7 @@ from .pairs import Judged, Preference
 from .parallel.agreement import Agreed, Ranks
 from .parallel.groups import group_size, sum_over_ranks, sums_over_ranks
 from .records import Completions
+from .terms import Terms
 
 
 @dataclass(frozen=True)
@@ -98,26 +99,53 @@ class Call:
 
     # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def sequence_logps(self, side: Side) -> Tensor | None:
-        """A side's sequence log-probabilities, given or scored from the side's values; None: there is no such side."""
-        return side.logps if side.values is None else self.sums(self.token_logps(side)["logps"], side.completions)
+    def scores(self, side: Side, ref_tokens: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """A side's token log-probabilities, given or scored from the side's values, and its sequence log-probabilities,
+        given or the sums of the tokens' terms; (None, None): there is no such side."""
+        if side.token_logps is not None:
+            tokens = torch.where(self.scored(side.completions), side.token_logps.detach(), 0.0)
+        elif side.values is not None:
+            tokens = self.token_logps(side)["logps"]
+        else:
+            return None, side.logps
+        return tokens, self.sums(tokens, side.completions, ref_tokens)
 
-    def sums(self, token_logps: Tensor, completions: Completions) -> Tensor:
-        scored = self.scored(completions) if self.objective.average_log_prob else None
-        return sequence_sums(token_logps, scored, completions.cu_seqlens, self.ranks)
+    def terms(self, completions: Completions, ref_tokens: Tensor | None = None) -> Terms:
+        """How token log-probabilities become terms; `ref_tokens` are those of the reference, where the policy's
+        log-ratios are to be clipped."""
+        clip = None if self.preference is None or ref_tokens is None else self.preference.humanline
+        return Terms(self.token_weights(completions), None if clip is None else ref_tokens, clip)
+
+    def token_weights(self, completions: Completions) -> Tensor | None:
+        """The weights of the positions that score each label."""
+        weights = completions.token_weights
+        if weights is None or not self.scoring.shift:
+            return None if weights is None else weights.detach()
+        return reference.shifted(weights.detach(), 0.0, completions.cu_seqlens)
+
+    def sums(self, tokens: Tensor, completions: Completions, ref_tokens: Tensor | None = None) -> Tensor:
+        terms = self.terms(completions, ref_tokens).values(tokens)
+        counted = self.counted_tokens(completions) if self.objective.average_log_prob else None
+        return sequence_sums(terms, counted, completions.cu_seqlens, self.ranks)
 
     def judged(self, ref_logps: Tensor | None, z0: Tensor) -> Judged:
         """All that a loss knows of the judged completions beside the policy's log-probabilities."""
         completions, desirable, group = self.inputs.judged, self.inputs.desirable, self.ranks.process
         if self.preference is None:
             return Judged(desirable, z0, ref_logps)
-        lengths = reference.per_sequence(self.scored(completions), completions.cu_seqlens)
+        lengths = reference.per_sequence(self.counted_tokens(completions), completions.cu_seqlens)
         lengths = sum_over_ranks(lengths, self.ranks.context)
         tokens = None
         if self.preference.objective.nll_weight > 0:
             tokens = sum_over_ranks(torch.where(desirable, lengths, 0.0).sum(), group) / group_size(group)
             tokens = torch.where(tokens == 0, 1.0, tokens)
-        return Judged(desirable, z0, ref_logps, lengths, tokens, self.objective.average_log_prob)
+        weights = self.inputs.sequence_weights
+        return Judged(desirable, z0, ref_logps, lengths, weights, tokens, self.objective.average_log_prob)
+
+    def counted_tokens(self, completions: Completions) -> Tensor:
+        """What each position adds to its sequence's length: 1 or its weight, 0 where nothing is scored."""
+        scored, weights = self.scored(completions), self.token_weights(completions)
+        return scored if weights is None else torch.where(scored, weights, 0.0)
 
     def scored(self, completions: Completions) -> Tensor:
         return scored_targets(completions, self.scoring, self.vocab)[1]
@@ -190,17 +218,18 @@ def run(call: Call) -> KTOOutput:
     if inputs.kind == "logits" and not ranks and call.preference is None:
         return _fused_from_logits(call)
     with torch.no_grad():
-        kl_logps, ref_kl_logps = (call.sequence_logps(inputs.side(name)) for name in ("kl_", "ref_kl_"))
+        ref_kl_tokens, ref_kl_logps = call.scores(inputs.side("ref_kl_"))
+        _, kl_logps = call.scores(inputs.side("kl_"), ref_kl_tokens)
         z0 = start_reference_point(inputs.kl_value, kl_logps, ref_kl_logps, inputs.policy, ranks)
-        ref_logps = call.sequence_logps(inputs.side("ref_"))  # hides the exchange of z0
+        ref_tokens, ref_logps = call.scores(inputs.side("ref_"))  # hides the exchange of z0
     policy, outputs = inputs.side(""), call.chunking.outputs
     if inputs.kind == "logps":
         return _output(call, policy.logps, call.judged(ref_logps, z0()))
     trains = inputs.trains
     if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and call.objective.reduction != "none":
-        return _fused_from_hidden(call, call.judged(ref_logps, z0()))
+        return _fused_from_hidden(call, call.judged(ref_logps, z0()), call.terms(inputs.judged, ref_tokens))
     tokens = call.token_logps(policy, outputs)
-    logps = call.sums(tokens["logps"], policy.completions)
+    logps = call.sums(tokens["logps"], policy.completions, ref_tokens)
     return _output(call, logps, call.judged(ref_logps, z0()), **tokens)
 
 
@@ -218,12 +247,13 @@ def _fused_from_logits(call: Call) -> KTOOutput:
     return KTOOutput(*values, inputs.desirable, found.token_logps, reduction=objective.reduction)
 
 
-def _fused_from_hidden(call: Call, judged: Judged) -> KTOOutput:
+def _fused_from_hidden(call: Call, judged: Judged, terms: Terms) -> KTOOutput:
     """The loss from hidden states with a trained head: the policy's stages and all gradients in one operator."""
     inputs, outputs, context = call.inputs, call.chunking.outputs, call.ranks.context
     side, needs = call.projected(inputs.side(""), outputs), Needs(**inputs.trains)
     spread = (call.agreed.open_sequences, None if context is None else context.group_name)
-    of_call = linear.LinearKTO(side, judged, call.objective, needs, call.preference, *spread)
+    of_tokens = {"token_weights": terms.weights, "ref_token_logps": terms.ref_logps}
+    of_call = linear.LinearKTO(side, judged, call.objective, needs, call.preference, *spread, **of_tokens)
     found = linear.linear_kto(of_call)
     tokens = {name: getattr(found, name) for name in ("logps", *outputs)}
     return _output(call, found.sequence_logps, judged, found.loss, found.rewards, **tokens)

@@ -28,6 +28,10 @@ Kind: TypeAlias = Literal["logits", "hidden", "logps"]
 Name: TypeAlias = Literal["", "ref_", "kl_", "ref_kl_"]
 
 
+# Arguments with a number for each label.
+_BY_TOKEN = ("token_weights", "kl_token_weights", "ref_token_logps", "ref_kl_token_logps")
+
+
 @dataclass(frozen=True)
 class Side:
     """One model on one set of completions: values to score, sequence log-probabilities, or neither (no such side)."""
@@ -37,6 +41,7 @@ class Side:
     bias: Tensor | None  # (V,)
     completions: Completions
     logps: Tensor | None  # (B,)
+    token_logps: Tensor | None = None  # like the labels
 
 
 @dataclass(frozen=True)
@@ -65,27 +70,33 @@ class Inputs:
     ref_bias: Tensor | None = None  # (V,)
     scored_lengths: Sequence[int] | Tensor | None = None  # (B,) scored positions, where the caller knows them
     kl_scored_lengths: Sequence[int] | Tensor | None = None  # (K,)
+    sequence_weights: Tensor | None = None  # (B,), or (B / 2,) of pairs
+    token_weights: Tensor | None = None  # like the labels
+    kl_token_weights: Tensor | None = None  # like the labels of mismatched completions
+    ref_token_logps: Tensor | None = None  # like the labels
+    ref_kl_token_logps: Tensor | None = None  # like the labels of mismatched completions
+    paired: bool = False  # whether the sequences are pairs
 
     # Questions of the engine ──────────────────────────────────────────────────────────────────────────────────────────
 
     def side(self, name: Name) -> Side:
         head, ref_head = (self.weight, self.bias), (self.ref_weight, self.ref_bias)
         if name == "ref_":
-            return Side(self.ref, *ref_head, self.judged, self.ref_logps)
+            return Side(self.ref, *ref_head, self.judged, self.ref_logps, self.ref_token_logps)
         if name == "kl_":
             return Side(self.kl, *head, self.mismatched, self.kl_logps)
         if name == "ref_kl_":
-            return Side(self.ref_kl, *ref_head, self.mismatched, self.ref_kl_logps)
+            return Side(self.ref_kl, *ref_head, self.mismatched, self.ref_kl_logps, self.ref_kl_token_logps)
         given = self.kind == "logps"
         return Side(None if given else self.policy, *head, self.judged, self.policy if given else None)
 
     @property
     def judged(self) -> Completions:
-        return Completions(self.labels, self.cu_seqlens, "", self.scored_lengths)
+        return Completions(self.labels, self.cu_seqlens, "", self.scored_lengths, self.token_weights)
 
     @property
     def mismatched(self) -> Completions:
-        return Completions(self.kl_labels, self.kl_cu_seqlens, "kl_", self.kl_scored_lengths)
+        return Completions(self.kl_labels, self.kl_cu_seqlens, "kl_", self.kl_scored_lengths, self.kl_token_weights)
 
     @property
     def columns(self) -> int:
@@ -147,6 +158,8 @@ class Inputs:
             checks.desirable(inputs.desirable, count, inputs.policy)
             inputs._check_reference(count, sharded)
             inputs._check_kl(objective, sharded)
+            inputs._check_tokens()
+            inputs._check_weights(count)
         checks.unshifted(scoring.shift, ranks.context)
         if self.kind != "logps":  # whose loss is plain PyTorch
             given = {"ref_logps": inputs.ref_logps, "kl_logps": inputs.kl_logps, "ref_kl_logps": inputs.ref_kl_logps}
@@ -160,7 +173,8 @@ class Inputs:
 
     def local(self, vocab_group: ProcessGroup | None) -> Inputs:
         """These inputs with this rank's part in place of each DTensor, and whole heads in place of sharded ones."""
-        rows, heads = self.by_name | {"labels": self.labels, "kl_labels": self.kl_labels}, self.heads
+        like_labels = ("labels", "kl_labels", *_BY_TOKEN)
+        rows, heads = self.by_name | {name: getattr(self, name) for name in like_labels}, self.heads
         if not any(dtensor.is_elsewhere(x) for x in (*rows.values(), *heads.values()) if x is not None):
             return self
         names = {"": "policy", "ref_": "ref", "kl_": "kl", "ref_kl_": "ref_kl"}
@@ -186,8 +200,10 @@ class Inputs:
 
     def _check_reference(self, count: int, sharded: bool) -> None:
         name = f"ref_{self.kind}"
-        if self.ref is not None and self.ref_logps is not None:
-            raise ValueError(f"{name}, ref_logps: expected one of them or neither (reference-free), got both")
+        given = {name: self.ref, "ref_logps": self.ref_logps, "ref_token_logps": self.ref_token_logps}
+        given = [argument for argument, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: expected one of them or neither (reference-free), got both")
         if self.ref_logps is not None:
             checks.sequences("ref_logps", self.ref_logps, count, "one per sequence", self.policy)
         if (self.ref is None and self.ref_kl is None) != (self.ref_weight is None) and self.kind == "hidden":
@@ -212,6 +228,10 @@ class Inputs:
         rows = (self.kl_labels, self.kl_cu_seqlens)
         if self.kl is None and self.ref_kl is None and (self.kl_labels is not None or self.kl_cu_seqlens is not None):
             raise ValueError(f"kl_labels, kl_cu_seqlens: go with kl_{self.kind} or ref_kl_{self.kind}, got neither")
+        if self.ref_kl_token_logps is not None:
+            for argument, value in ((f"ref_kl_{self.kind}", self.ref_kl), ("ref_kl_logps", self.ref_kl_logps)):
+                if value is not None:
+                    raise ValueError(f"{argument}, ref_kl_token_logps: expected one of them, got both")
         for side, values, logps in (("kl", self.kl, self.kl_logps), ("ref_kl", self.ref_kl, self.ref_kl_logps)):
             if values is None:
                 continue
@@ -234,10 +254,28 @@ class Inputs:
             self.kl_value,
             self.policy,
             () if self.kind == "logps" else (self.kind,),
-            has_reference=self.ref is not None or self.ref_logps is not None,
+            has_reference=any(x is not None for x in (self.ref, self.ref_logps, self.ref_token_logps)),
             has_kl=self.kl is not None or self.kl_logps is not None,
-            has_ref_kl=self.ref_kl is not None or self.ref_kl_logps is not None,
+            has_ref_kl=any(x is not None for x in (self.ref_kl, self.ref_kl_logps, self.ref_kl_token_logps)),
         )
+
+    def _check_tokens(self) -> None:
+        for name in _BY_TOKEN:
+            value, labels = getattr(self, name), self.kl_labels if "kl_" in name else self.labels
+            if value is None:
+                continue
+            if labels is None:
+                raise ValueError(f"{name}: goes with kl_labels, got none")
+            checks.tensor(name, value, checks.FLOATS, self.policy)
+            checks.shape(name, value, tuple(labels.shape), "as kl_labels" if "kl_" in name else "as labels")
+            if "weights" in name:
+                checks.weight_values(name, value)
+
+    def _check_weights(self, count: int) -> None:
+        if self.sequence_weights is not None:
+            meaning, number = ("one per pair", count // 2) if self.paired else ("one per sequence", count)
+            checks.sequences("sequence_weights", self.sequence_weights, number, meaning, self.policy)
+            checks.weight_values("sequence_weights", self.sequence_weights)
 
     def _with_checked_lengths(self, shift: bool) -> Inputs:
         """These inputs with the given numbers of scored positions as tensors on the CPU."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import reference, releases, scalars
 from .objectives import Loss, Paired, Scored, Unpaired
 from .options import Pairs
+from .terms import Clip
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Preference:
 
     objective: Loss
     pairs: Pairs
+    humanline: Clip | None = None  # the bounds of token log-ratios
 
     @property
     def options(self) -> dict[str, object]:
         """What all ranks of a group must share."""
         numbers = {name: value for name, value in vars(self.objective).items() if not isinstance(value, Tensor)}
-        return {"objective": type(self.objective).__name__, "pairs": self.pairs} | {
+        clip = None if self.humanline is None else tuple(vars(self.humanline).values())
+        return {"objective": type(self.objective).__name__, "pairs": self.pairs, "humanline": clip} | {
             f"objective.{name}": value for name, value in numbers.items()
         }
 
@@ -59,15 +62,18 @@ class Preference:
         """Stages 4 and 5 up to the reduction: the losses (B,), or (B / 2,) of pairs, differentiable in the (B,)
         `logps`."""
         objective, scored = self.objective, judged.scored(logps)
+        sums = scored.logps * scored.lengths if judged.average else scored.logps
         if isinstance(objective, Paired):
-            losses = objective.loss(*[scored.select(which) for which in members(len(logps), self.pairs)])
+            chosen, rejected = members(len(logps), self.pairs)
+            losses, liked = objective.loss(scored.select(chosen), scored.select(rejected)), sums[chosen]
         else:
             assert isinstance(objective, Unpaired)
             losses = objective.loss(scored, judged.desirable, judged.z0)
+            liked = torch.where(judged.desirable, sums, 0.0)
+        if judged.weights is not None:
+            losses, liked = losses * judged.weights, liked * judged.weights
         if objective.nll_weight > 0:
-            sums = scored.logps * scored.lengths if judged.average else scored.logps
-            nll = -torch.where(judged.desirable, sums, 0.0).sum() / judged.nll_tokens
-            losses = losses + scalars.data(objective.nll_weight) * nll
+            losses = losses - scalars.data(objective.nll_weight) * liked.sum() / judged.nll_tokens
         return losses
 
     def rewards(self, judged: Judged, logps: Tensor) -> Tensor:
@@ -90,7 +96,8 @@ class Judged:
     desirable: Tensor  # (B,) bool
     z0: Tensor  # ()
     ref_logps: Tensor | None  # (B,), means where `average`
-    lengths: Tensor | None = None  # (B,) fp64, scored tokens on all ranks; KTO does without
+    lengths: Tensor | None = None  # (B,) fp64, scored tokens on all ranks, or their weights; KTO does without
+    weights: Tensor | None = None  # (B,), or (B / 2,) of pairs: the losses are multiplied by them
     nll_tokens: Tensor | None = None  # () fp64, the tokens that a negative log-likelihood is a mean over
     average: bool = False  # whether the policy's log-probabilities are means over scored tokens
 

@@ -16,6 +16,7 @@ from .options import BackendName, Chunking, Group, LongSequences, Objective, Out
 from .output import KTOOutput
 from .pairs import Preference, members
 from .parallel.agreement import Ranks
+from .terms import Clip
 
 
 def preference_loss(
@@ -27,12 +28,18 @@ def preference_loss(
     pairs: Pairs = "halves",
     ref_logits: Tensor | None = None,  # like logits
     ref_logps: Tensor | None = None,  # (B,)
+    ref_token_logps: Tensor | None = None,  # like labels
+    sequence_weights: Tensor | None = None,  # (B,) or (B / 2,)
+    token_weights: Tensor | None = None,  # like labels
+    humanline: tuple[float, float] | None = None,
     kl: Tensor | float | None = None,  # ()
     kl_logps: Tensor | None = None,  # (K,)
     ref_kl_logps: Tensor | None = None,  # (K,)
+    ref_kl_token_logps: Tensor | None = None,  # like kl_labels
     kl_logits: Tensor | None = None,  # (K, T', V) or (N', V)
     ref_kl_logits: Tensor | None = None,  # like kl_logits
     kl_labels: Tensor | None = None,  # (K, T') or (N',)
+    kl_token_weights: Tensor | None = None,  # like kl_labels
     kl_cu_seqlens: Tensor | None = None,  # (K + 1,)
     reduction: Reduction = "mean",
     ignore_index: int = -100,
@@ -49,8 +56,8 @@ def preference_loss(
     """The loss `objective` of sequence log-probabilities and its gradient, from logits.
 
     As `kto_loss` it reads every logit once in the forward, and reads it once more and writes its gradient once in the
-    backward, whatever the loss is. `kto_loss` is the same with `objectives.KTO`, to the bit. The gradient goes to `logits`
-    alone.
+    backward, whatever the loss is. `kto_loss` is the same with `objectives.KTO`, to the bit. The gradient goes to
+    `logits` alone.
 
     Shapes: B sequences of T tokens, or N tokens of packed sequences; V columns of the vocabulary; K mismatched
     completions. Groups of ranks are those of `kto_loss`. Both members of a pair are on one data-parallel rank.
@@ -63,13 +70,26 @@ def preference_loss(
         objective: the loss, a record of `kto_kernels.objectives` such as `DPO(beta=0.1)`, or a record of your own.
         desirable: (B,) bool, True for thumbs up; needed by unpaired losses and not allowed with paired ones. None: the
             loss is a paired one.
-        pairs: how a paired loss finds its pairs among the B sequences: "halves", the first half is chosen and the second
-            half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take turns.
-            Unpaired losses ignore it.
+        pairs: how a paired loss finds its pairs among the B sequences: "halves", the first half is chosen and the
+            second half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take
+            turns. Unpaired losses ignore it.
         ref_logits: (B, T, V) or (N, V): the frozen reference's logits, of the shape and dtype of `logits`. None: the
             reference is given as `ref_logps`, or there is none.
         ref_logps: (B,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities in nats, computed once
             beforehand. None without `ref_logits`: the loss is reference-free, with S^reference = 0.
+        ref_token_logps: (B, T) or (N,) as `labels`, bf16, fp16, fp32 or fp64: the reference's log-probability in nats
+            of each token, at the places where `token_logps` with the same `shift` puts it, in place of `ref_logps`.
+            None: see `ref_logps`.
+        sequence_weights: (B,), or (B / 2,) of pairs, bf16, fp16, fp32 or fp64, >= 0: each sequence's or pair's loss is
+            multiplied by its weight, the negative log-likelihood's part too. "mean" stays the mean over B, or B / 2.
+            None: all are 1.
+        token_weights: (B, T) or (N,) as `labels`, bf16, fp16, fp32 or fp64, >= 0: the weight of each label's token. A
+            sequence's log-probability is the sum of weighted token log-probabilities, and the length that means are
+            taken over is the sum of weights, for policy and reference; a `ref_logps` is taken as given. A token of
+            weight 0 has no part and no gradient; only a label of `ignore_index` saves its work too. None: all are 1.
+        humanline: (log ε_P, log ε_R) in nats, such as (−1.0, 1.5), the default of the authors of humanline (arXiv
+            2509.24207): each token's log-ratio is clipped to these bounds before it is summed, in z0 too, and has no
+            gradient where it is outside. The reference must be known by token. None: nothing is clipped.
         kl: the KL estimate z0 in nats, as a number or as a () tensor of bf16, fp16, fp32 or fp64; a negative value
             counts as 0. Only KTO has a reference point z0, and takes this argument and the others called `kl_*` or
             `ref_kl_*`. None: z0 is computed from the mismatched completions in the arguments `kl_*`.
@@ -78,16 +98,20 @@ def preference_loss(
         ref_kl_logps: (K,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities of the same completions,
             in nats; needed with a reference and not allowed without one. None: they come from `ref_kl_logits`. One of
             the two models may be given as logits and the other one as log-probabilities.
+        ref_kl_token_logps: (K, T') or (N',) as `kl_labels`, bf16, fp16, fp32 or fp64: the reference's log-probability
+            of each of their tokens, in place of `ref_kl_logps`. None: see `ref_kl_logps`.
         kl_logits: (K, T', V), or packed (N', V) with `kl_cu_seqlens`, in the dtype of `logits`: the policy's logits of
             mismatched completions. None: see `kl_logps`.
         ref_kl_logits: (K, T', V) or (N', V), in the dtype of `logits`: the reference's logits of the same completions.
             None: see `ref_kl_logps`.
         kl_labels: (K, T') or (N',), int32 or int64: the labels that score `kl_logits` and `ref_kl_logits`. None: there
             are no such logits.
+        kl_token_weights: (K, T') or (N',) as `kl_labels`, bf16, fp16, fp32 or fp64, >= 0: the weights of their tokens,
+            as `token_weights`. None: all are 1.
         kl_cu_seqlens: (K + 1,) int32 or int64: the offsets of packed mismatched completions, from 0 to N'. None: they
             are not packed.
-        reduction: "mean" over the B sequences, or the B / 2 pairs (0 for an empty batch), "sum", or "none" for the losses
-            (B,) or (B / 2,).
+        reduction: "mean" over the B sequences, or the B / 2 pairs (0 for an empty batch), "sum", or "none" for the
+            losses (B,) or (B / 2,).
         ignore_index: the label of positions that are not scored. The default is PyTorch's.
         shift: whether position t predicts the label of t + 1 in its sequence, the convention of transformers. False:
             labels are shifted already, and position t predicts the label of t.
@@ -124,8 +148,8 @@ def preference_loss(
 
     Raises:
         TypeError: an argument has a wrong type or dtype; the message names it.
-        ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other, or exclude the
-            objective; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other, or exclude
+            the objective; the message names it.
         NotImplementedError: as for `kto_loss`; or the objective defines no `loss`.
         RuntimeError: as for `kto_loss`.
 
@@ -147,8 +171,11 @@ def preference_loss(
         given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
         judged = {"labels": labels, "cu_seqlens": cu_seqlens, "desirable": desirable}
         mismatched = {"kl_labels": kl_labels, "kl_cu_seqlens": kl_cu_seqlens}
-        inputs = Inputs("logits", **sides, **given, **judged, **mismatched)
-        inputs, options, preference = _judging(inputs, ranks, objective, pairs, reduction)
+        weighted = {"sequence_weights": sequence_weights, "token_weights": token_weights}
+        tokens = {"ref_token_logps": ref_token_logps, "ref_kl_token_logps": ref_kl_token_logps}
+        weighted |= tokens | {"kl_token_weights": kl_token_weights}
+        inputs = Inputs("logits", **sides, **given, **judged, **mismatched, **weighted)
+        inputs, options, preference = _judging(inputs, ranks, objective, pairs, humanline, reduction)
         inputs = inputs.checked(ranks, scoring, objective=options, vocab=vocab)
         checks.in_place(inplace_backward, logits)
     call = engine.agree(inputs, scoring, options, Chunking(), ranks, vocab, inplace_backward, preference)
@@ -168,12 +195,18 @@ def linear_preference_loss(
     ref_weight: Tensor | None = None,  # (V, H')
     ref_bias: Tensor | None = None,  # (V,)
     ref_logps: Tensor | None = None,  # (B,)
+    ref_token_logps: Tensor | None = None,  # like labels
+    sequence_weights: Tensor | None = None,  # (B,) or (B / 2,)
+    token_weights: Tensor | None = None,  # like labels
+    humanline: tuple[float, float] | None = None,
     kl: Tensor | float | None = None,  # ()
     kl_logps: Tensor | None = None,  # (K,)
     ref_kl_logps: Tensor | None = None,  # (K,)
+    ref_kl_token_logps: Tensor | None = None,  # like kl_labels
     kl_hidden: Tensor | None = None,  # (K, T', H) or (N', H)
     ref_kl_hidden: Tensor | None = None,  # (K, T', H') or (N', H')
     kl_labels: Tensor | None = None,  # (K, T') or (N',)
+    kl_token_weights: Tensor | None = None,  # like kl_labels
     kl_cu_seqlens: Tensor | None = None,  # (K + 1,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -193,17 +226,18 @@ def linear_preference_loss(
     context_group: Group | None = None,
     backend: BackendName = "auto",
 ) -> KTOOutput:
-    """`preference_loss(hidden @ weight.T + bias, labels, objective)`, never holding more than `max_logits_bytes` of logits.
+    """`preference_loss(hidden @ weight.T + bias, labels, objective)`, never holding more than `max_logits_bytes` of
+    logits.
 
-    Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G with
-    a trained head, whose gradient is formed in the forward, 2G with a frozen head and 1G without gradients, whatever the
-    loss is; reference and KL cost 1G each. `linear_kto_loss` is the same with `objectives.KTO`, to the bit. The members
-    of a pair that a loss compares are in one chunk where both fit; a longer pair is deferred or recomputed, see
-    `LinearPlan`.
+    Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G
+    with a trained head, whose gradient is formed in the forward, 2G with a frozen head and 1G without gradients,
+    whatever the loss is; reference and KL cost 1G each. `linear_kto_loss` is the same with `objectives.KTO`, to the
+    bit. The members of a pair that a loss compares are in one chunk where both fit; a longer pair is deferred or
+    recomputed, see `LinearPlan`.
 
-    Shapes: B sequences of T tokens, or N tokens of packed sequences; H features, and H' of the reference's; V rows of the
-    head; K mismatched completions. Groups of ranks, dtypes and DTensors are those of `linear_kto_loss`. Both members of a
-    pair are on one data-parallel rank.
+    Shapes: B sequences of T tokens, or N tokens of packed sequences; H features, and H' of the reference's; V rows of
+    the head; K mismatched completions. Groups of ranks, dtypes and DTensors are those of `linear_kto_loss`. Both
+    members of a pair are on one data-parallel rank.
 
     Args:
         hidden: (B, T, H), or packed (N, H) with `cu_seqlens`; bf16, fp16, fp32, or fp64 with backend "torch": the
@@ -215,9 +249,9 @@ def linear_preference_loss(
         objective: the loss, a record of `kto_kernels.objectives` such as `DPO(beta=0.1)`, or a record of your own.
         desirable: (B,) bool, True for thumbs up; needed by unpaired losses and not allowed with paired ones. None: the
             loss is a paired one.
-        pairs: how a paired loss finds its pairs among the B sequences: "halves", the first half is chosen and the second
-            half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take turns.
-            Unpaired losses ignore it.
+        pairs: how a paired loss finds its pairs among the B sequences: "halves", the first half is chosen and the
+            second half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take
+            turns. Unpaired losses ignore it.
         bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
         ref_hidden: (B, T, H') or (N, H'), bf16, fp16, fp32 or fp64: the frozen reference's hidden states for the same
             labels. None: the reference is given as `ref_logps`, or there is none.
@@ -226,6 +260,19 @@ def linear_preference_loss(
         ref_bias: (V,) bf16, fp16, fp32 or fp64: the bias of `ref_weight`. None: the reference's head has none.
         ref_logps: (B,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities in nats, computed once
             beforehand. None without `ref_hidden`: the loss is reference-free, with S^reference = 0.
+        ref_token_logps: (B, T) or (N,) as `labels`, bf16, fp16, fp32 or fp64: the reference's log-probability in nats
+            of each token, at the places where `token_logps` with the same `shift` puts it, in place of `ref_logps`.
+            None: see `ref_logps`.
+        sequence_weights: (B,), or (B / 2,) of pairs, bf16, fp16, fp32 or fp64, >= 0: each sequence's or pair's loss is
+            multiplied by its weight, the negative log-likelihood's part too. "mean" stays the mean over B, or B / 2.
+            None: all are 1.
+        token_weights: (B, T) or (N,) as `labels`, bf16, fp16, fp32 or fp64, >= 0: the weight of each label's token. A
+            sequence's log-probability is the sum of weighted token log-probabilities, and the length that means are
+            taken over is the sum of weights, for policy and reference; a `ref_logps` is taken as given. A token of
+            weight 0 has no part and no gradient; only a label of `ignore_index` saves its work too. None: all are 1.
+        humanline: (log ε_P, log ε_R) in nats, such as (−1.0, 1.5), the default of the authors of humanline (arXiv
+            2509.24207): each token's log-ratio is clipped to these bounds before it is summed, in z0 too, and has no
+            gradient where it is outside. The reference must be known by token. None: nothing is clipped.
         kl: the KL estimate z0 in nats, as a number or as a () tensor of bf16, fp16, fp32 or fp64; a negative value
             counts as 0. Only KTO has a reference point z0, and takes this argument and the others called `kl_*` or
             `ref_kl_*`. None: z0 is computed from the mismatched completions in the arguments `kl_*`.
@@ -234,12 +281,16 @@ def linear_preference_loss(
         ref_kl_logps: (K,) bf16, fp16, fp32 or fp64: the reference's sequence log-probabilities of the same completions,
             in nats; needed with a reference and not allowed without one. None: they come from `ref_kl_hidden`. One of
             the two models may be given as hidden states and the other one as log-probabilities.
+        ref_kl_token_logps: (K, T') or (N',) as `kl_labels`, bf16, fp16, fp32 or fp64: the reference's log-probability
+            of each of their tokens, in place of `ref_kl_logps`. None: see `ref_kl_logps`.
         kl_hidden: (K, T', H), or packed (N', H) with `kl_cu_seqlens`, bf16, fp16, fp32 or fp64: the policy's hidden
             states of mismatched completions. None: see `kl_logps`.
         ref_kl_hidden: (K, T', H') or (N', H'), bf16, fp16, fp32 or fp64: the reference's hidden states of the same
             completions. None: see `ref_kl_logps`.
         kl_labels: (K, T') or (N',), int32 or int64: the labels that score `kl_hidden` and `ref_kl_hidden`. None: there
             are no such hidden states.
+        kl_token_weights: (K, T') or (N',) as `kl_labels`, bf16, fp16, fp32 or fp64, >= 0: the weights of their tokens,
+            as `token_weights`. None: all are 1.
         kl_cu_seqlens: (K + 1,) int32 or int64: the offsets of packed mismatched completions, from 0 to N'. None: they
             are not packed.
         logit_scale: the logits x are multiplied by it, > 0: the softmax is taken of
@@ -254,8 +305,8 @@ def linear_preference_loss(
             until the ranks have exchanged their sums, see `LinearPlan`.
         outputs: which numbers to compute for every scored token besides, without gradient, out of "entropy",
             "mean_logits" and "is_top1". (): none.
-        reduction: "mean" over the B sequences, or the B / 2 pairs (0 for an empty batch), "sum", or "none" for the losses
-            (B,) or (B / 2,).
+        reduction: "mean" over the B sequences, or the B / 2 pairs (0 for an empty batch), "sum", or "none" for the
+            losses (B,) or (B / 2,).
         ignore_index: the label of positions that are not scored. The default is PyTorch's.
         shift: whether position t predicts the label of t + 1 in its sequence, the convention of transformers. False:
             labels are shifted already, and position t predicts the label of t.
@@ -290,8 +341,8 @@ def linear_preference_loss(
 
     Raises:
         TypeError: an argument has a wrong type or dtype; the message names it.
-        ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other, or exclude the
-            objective; the message names it.
+        ValueError: an argument has a wrong shape, device or value, or arguments exclude or lack each other, or exclude
+            the objective; the message names it.
         NotImplementedError: as for `linear_kto_loss`; or the objective defines no `loss`.
         RuntimeError: as for `linear_kto_loss`.
 
@@ -314,25 +365,31 @@ def linear_preference_loss(
         given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
         judged = {"labels": labels, "cu_seqlens": cu_seqlens, "desirable": desirable}
         mismatched = {"kl_labels": kl_labels, "kl_cu_seqlens": kl_cu_seqlens}
+        weighted = {"sequence_weights": sequence_weights, "token_weights": token_weights}
+        tokens = {"ref_token_logps": ref_token_logps, "ref_kl_token_logps": ref_kl_token_logps}
+        weighted |= tokens | {"kl_token_weights": kl_token_weights}
         lengths = {"scored_lengths": scored_lengths, "kl_scored_lengths": kl_scored_lengths}
-        inputs = Inputs("hidden", **sides, **heads, **given, **judged, **mismatched, **lengths)
-        inputs, options, preference = _judging(inputs, ranks, objective, pairs, reduction)
+        inputs = Inputs("hidden", **sides, **heads, **given, **judged, **mismatched, **weighted, **lengths)
+        inputs, options, preference = _judging(inputs, ranks, objective, pairs, humanline, reduction)
         inputs = inputs.checked(ranks, scoring, chunking, options, vocab)
     return engine.run(engine.agree(inputs, scoring, options, chunking, ranks, vocab, preference=preference))
 
 
 def _judging(
-    inputs: Inputs, ranks: Ranks, objective: object, pairs: object, reduction: Reduction
+    inputs: Inputs, ranks: Ranks, objective: object, pairs: Pairs, humanline: object, reduction: Reduction
 ) -> tuple[Inputs, Objective, Preference | None]:
-    """Checks what a loss allows. Returns the inputs, with chosen sequences as desirable ones, the options of a KTO loss,
-    and the loss, None where it is a KTO loss."""
+    """Checks what a loss allows. Returns the inputs, with chosen sequences as desirable ones, the options of a KTO
+    loss, and the loss, None where it is a KTO loss as `kto_loss` has it."""
     if not isinstance(objective, (Unpaired, Paired)):
         raise TypeError(f"objective: expected a record of kto_kernels.objectives, got {type(objective).__name__}")
     name = type(objective).__name__
     checks.choice("pairs", pairs, get_args(Pairs))
-    references = {f"ref_{inputs.kind}": inputs.ref, "ref_logps": inputs.ref_logps}
+    clip = None if humanline is None else _clip(humanline, inputs, name, objective.reference_free)
+    references = {f"ref_{inputs.kind}": inputs.ref}
+    references |= {"ref_logps": inputs.ref_logps, "ref_token_logps": inputs.ref_token_logps}
     sources = {f"{side}_{what}": getattr(inputs, field) for side in ("kl", "ref_kl") for what, field in
                ((inputs.kind, side), ("logps", f"{side}_logps"))} | {"kl": inputs.kl_value}  # fmt: skip
+    sources |= {name: getattr(inputs, name) for name in ("ref_kl_token_logps", "kl_token_weights")}
     for argument, value in references.items():
         if objective.reference_free and value is not None:
             raise ValueError(f"{argument}: {name} is reference-free by its definition")
@@ -348,11 +405,33 @@ def _judging(
         raise ValueError(f"desirable: needed with {name}, which judges each sequence by itself")
     average = isinstance(objective, KTO) and objective.average_log_prob
     loss_type = "kto" if point else "apo_zero_unpaired"
-    if type(objective) in (KTO, APOZeroUnpaired) and objective.nll_weight == 0:
+    weighted = any(
+        x is not None for x in (clip, inputs.sequence_weights, inputs.token_weights, inputs.kl_token_weights)
+    )
+    if type(objective) in (KTO, APOZeroUnpaired) and objective.nll_weight == 0 and not weighted:
         numbers = (objective.beta, objective.desirable_weight, objective.undesirable_weight)
         return inputs, Objective(*numbers, average, reduction, loss_type), None
     options = Objective(average_log_prob=average, reduction=reduction, loss_type=loss_type)
-    return inputs, options, Preference(objective, pairs)
+    return inputs, options, Preference(objective, pairs, clip)
+
+
+def _clip(humanline: object, inputs: Inputs, name: str, reference_free: bool) -> Clip:
+    """The checked bounds of token log-ratios."""
+    if not isinstance(humanline, (tuple, list)) or len(humanline) != 2:
+        raise TypeError(f"humanline: expected two numbers (log ε_P, log ε_R), got {humanline!r}")
+    for bound in humanline:
+        checks.scalar("humanline", bound)
+    lower, upper = map(float, humanline)
+    if not lower < upper:
+        raise ValueError(f"humanline: expected bounds of which the first is smaller, got ({lower}, {upper})")
+    if reference_free:
+        raise ValueError(f"humanline: clips log-ratios to a reference, and {name} is reference-free by its definition")
+    if inputs.ref is None and inputs.ref_token_logps is None:
+        raise ValueError(f"humanline: needs the reference's tokens, in ref_{inputs.kind} or ref_token_logps")
+    for argument in ("kl_logps", "ref_kl_logps"):
+        if getattr(inputs, argument) is not None:
+            raise ValueError(f"{argument}: is a sum, and humanline clips tokens; see kl_{inputs.kind} and kl")
+    return Clip(lower, upper)
 
 
 def _with_pairs(inputs: Inputs, pairs: Pairs) -> Inputs:
@@ -366,4 +445,4 @@ def _with_pairs(inputs: Inputs, pairs: Pairs) -> Inputs:
         raise ValueError(f"labels: expected an even number of sequences, chosen and rejected ones, got {count}")
     desirable = torch.zeros(max(0, count), dtype=torch.bool, device=getattr(inputs.policy, "device", None))
     desirable[members(count, pairs)[0]] = True
-    return replace(inputs, desirable=desirable)
+    return replace(inputs, desirable=desirable, paired=True)

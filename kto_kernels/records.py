@@ -108,6 +108,7 @@ class Completions:
     prefix: Literal["", "kl_"] = ""  # of the arguments' names: "kl_" for mismatched completions
     # (B,) int64 on the CPU: how many positions of each sequence are scored; None: the labels are to be counted.
     scored_lengths: Tensor | None = None
+    token_weights: Tensor | None = None  # like the labels
 
     @property
     def n_sequences(self) -> int:

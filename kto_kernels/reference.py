@@ -50,16 +50,30 @@ def targets(labels: Tensor, shift: bool, ignore_index: int, cu_seqlens: Tensor |
     Returns:
         The labels of the shape of `labels`, int64.
     """
-    labels = labels.long()  # an ignore_index may need more bits than the labels have
-    if not shift or labels.numel() == 0:
-        return labels
-    shifted = labels.roll(-1, dims=-1)
+    # (an ignore_index may need more bits than the labels have)
+    return shifted(labels.long(), ignore_index, cu_seqlens) if shift else labels.long()
+
+
+def shifted(values: Tensor, last: float, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The value of each sequence's next position.
+
+    Args:
+        values: (B, T) or packed (N,).
+        last: the value that each sequence's last position gets.
+        cu_seqlens: (B + 1,) integers, the offsets of packed sequences. None: the sequences are padded.
+
+    Returns:
+        The values of the same shape.
+    """
+    if values.numel() == 0:
+        return values
+    moved = values.roll(-1, dims=-1)
     if cu_seqlens is None:
-        shifted[..., -1] = ignore_index
+        moved[..., -1] = last
     else:
         # Every offset past the first ends some sequence, which may be empty (0 - 1 is the last row of all).
-        shifted[cu_seqlens[1:].long() - 1] = ignore_index
-    return shifted
+        moved[cu_seqlens[1:].long() - 1] = last
+    return moved
 
 
 def scaled(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
@@ -346,7 +360,7 @@ def mean_logps(total: Tensor, count: Tensor) -> Tensor:
     Returns:
         The means (B,).
     """
-    return total / count.clamp(min=1)
+    return total / torch.where(count == 0, 1, count)
 
 
 # Stage 3 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

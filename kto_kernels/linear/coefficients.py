@@ -17,6 +17,7 @@ from ..options import Objective, Scale
 from ..pairs import Judged, Preference
 from ..parallel.groups import sums_over_ranks
 from ..records import Closing
+from ..terms import Terms
 from .schedule import Chunk
 
 # How many logits plain PyTorch differentiates at a time, which takes several times the memory of these logits.
@@ -40,7 +41,7 @@ class Coefficients(Protocol):
     def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
         """The chunk's sequences [first, last), where the plan may take a pair for one."""
 
-    def parts(self, chunk: Chunk) -> list[Part]:
+    def parts(self, logps: Tensor, chunk: Chunk) -> list[Part]:
         """The parts of a deferred chunk's rows whose gradients are kept apart, each until `of_part` knows its factor."""
 
     def of_part(self, sequence: int) -> Tensor:  # ()
@@ -66,7 +67,7 @@ class KnownCoefficients:
     def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
         return chunk.sequences
 
-    def parts(self, chunk: Chunk) -> list[Part]:
+    def parts(self, logps: Tensor, chunk: Chunk) -> list[Part]:
         raise AssertionError("no sequence waits for a coefficient that is known")
 
     def of_part(self, sequence: int) -> Tensor:
@@ -106,7 +107,8 @@ class LossCoefficients:
     judged: Judged
     objective: Objective
     dtype: torch.dtype  # the dtype that the GEMMs run in
-    group: dist.ProcessGroup | None = None  # the ranks that the sequences' tokens are spread over
+    terms: Terms  # of the scored rows
+    group: dist.ProcessGroup | None  # the ranks that the sequences' tokens are spread over
 
     def __post_init__(self) -> None:
         device = self.counts.device
@@ -137,13 +139,13 @@ class LossCoefficients:
         if self.group is None:
             return self._close(logps, 0, len(self.slopes))
         counts = self.counts if self.objective.average_log_prob else None
-        sums = sums_over_ranks(reference.per_sequence(logps, self.offsets), counts, self.group)
+        sums = sums_over_ranks(reference.per_sequence(self.terms.values(logps), self.offsets), counts, self.group)
         return self._close(logps, 0, len(self.slopes), *sums)
 
     def of_chunk(self, chunk: Chunk) -> tuple[int, int]:
         return chunk.sequences
 
-    def parts(self, chunk: Chunk) -> list[Part]:
+    def parts(self, logps: Tensor, chunk: Chunk) -> list[Part]:
         return [(chunk.sequences[0], slice(None), None)]
 
     def of_rows(self, chunk: Chunk) -> Tensor | None:
@@ -193,12 +195,20 @@ class PreferenceCoefficients(LossCoefficients):
 
     preference: Preference = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # (S,) the derivatives of the rows' terms, where these are not the log-probabilities
+        self.row_slopes: Tensor = self.logps.new_zeros(self.starts[-1] if self.terms else 0)
+
     def _close(
         self, logps: Tensor, first: int, last: int, sums: Tensor | None = None, counts: Tensor | None = None
     ) -> Tensor | None:
         if sums is None:
             begin, end = self.starts[first], self.starts[last]
-            sums = reference.per_sequence(logps[begin:end], self.offsets[first : last + 1].clamp(begin, end) - begin)
+            offsets = self.offsets[first : last + 1].clamp(begin, end) - begin
+            sums = reference.per_sequence(self.terms.values(logps)[begin:end], offsets)
+        if self.terms:
+            self.row_slopes = self.terms.slopes(logps)
         judged, lengths = self.judged, self.judged.scored(self.logps).lengths[first:last]
         self.logps[first:last] = reference.mean_logps(sums, lengths) if judged.average else sums
         slopes = self.preference.slopes(judged, self.logps, self.objective.reduction)[first:last]
@@ -211,15 +221,22 @@ class PreferenceCoefficients(LossCoefficients):
         first, last = chunk.sequences
         return (2 * first, 2 * last) if self.preference.compares else (first, last)
 
-    def parts(self, chunk: Chunk) -> list[Part]:
+    def of_rows(self, chunk: Chunk) -> Tensor | None:
+        slopes = super().of_rows(chunk)
+        return slopes * self.row_slopes[chunk.start : chunk.stop].to(slopes.dtype) if self.terms else slopes
+
+    def parts(self, logps: Tensor, chunk: Chunk) -> list[Part]:
+        rows = slice(chunk.start, chunk.stop)
+        factors = self.terms.slopes(logps)[rows] if self.terms else None
         if not self.preference.compares:
-            return super().parts(chunk)
+            return [(chunk.sequences[0], slice(None), factors)]
         chosen, rejected = (2 * chunk.sequences[0] + i for i in (0, 1))
         if self.preference.margin_alone:
-            return [(chosen, slice(None), self._shares[self.sequences[chunk.start : chunk.stop]])]
+            shares = self._shares[self.sequences[rows]]
+            return [(chosen, slice(None), shares if factors is None else shares * factors)]
         edge = min(max(self.starts[rejected], chunk.start), chunk.stop) - chunk.start
-        parts = ((chosen, slice(0, edge), None), (rejected, slice(edge, chunk.rows), None))
-        return [part for part in parts if part[1].start < part[1].stop]
+        parts = ((chosen, slice(0, edge)), (rejected, slice(edge, chunk.rows)))
+        return [(i, part, None if factors is None else factors[part]) for i, part in parts if part.start < part.stop]
 
     def of_part(self, sequence: int) -> Tensor:
         if not self.preference.margin_alone:

@@ -95,7 +95,7 @@ def walk(
             on_its_way.append(_Sum(chunk, torch.mm(gradient, head.weight), rows.shard.group))
         if needs.head:
             if chunk.task is Task.DEFER:
-                for sequence, part, factors in coefficients.parts(chunk):
+                for sequence, part, factors in coefficients.parts(logps, chunk):
                     kept_apart = apart.setdefault(sequence, HeadGradient(needs, float_dtype))
                     kept_apart.add(gradient[part], h[part], factors)
             else:

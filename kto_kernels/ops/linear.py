@@ -33,6 +33,7 @@ from ..options import OUTPUTS, Chunking, Objective, Scoring
 from ..pairs import Judged, Preference, halves, neighbours_of
 from ..parallel.groups import VocabShard, by_name
 from ..records import Completions
+from ..terms import Terms
 from .schema import Backward, Operator
 
 # Shared by all operators ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -306,7 +307,15 @@ class LinearKTO:
     preference: Preference | None = None  # the loss, where it is not the KTO loss of `objective`
     open_sequences: list[bool] | None = None  # (B,) which sequences have tokens on other ranks too
     context_group: str | None = None  # the group of these ranks, by name
+    token_weights: Tensor | None = None  # labels-shaped, of the rows that score each label
+    ref_token_logps: Tensor | None = None  # labels-shaped, with a preference's `humanline`
     inplace_backward: bool = True  # as in LinearTokenLogps
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(
+            self.token_weights, self.ref_token_logps, None if self.preference is None else self.preference.humanline
+        )
 
     @property
     def reordered(self) -> bool:
@@ -329,7 +338,8 @@ class LinearLoss:
     loss: Tensor  # ()
     sequence_logps: Tensor  # (B,)
     rewards: Tensor  # (B,) fp64
-    slopes: Tensor  # (B,) ∂loss/∂(token log-probability)
+    slopes: Tensor  # (B,) ∂loss/∂(term of a token)
+    row_slopes: Tensor  # labels-shaped ∂(term)/∂(token log-probability); empty where terms are log-probabilities
     logps: Tensor  # labels-shaped, as are the outputs that follow
     entropy: Tensor
     mean_logits: Tensor
@@ -349,7 +359,7 @@ def linear_kto(call: LinearKTO) -> LinearLoss:
         rows, judged, preference = (x.neighbours() for x in (rows, judged, preference))
     plan = side.plan(rows.lengths, needs, **call.planned)
     group = None if call.context_group is None else by_name(call.context_group)
-    how = (backend, rows.lengths, rows.counts, judged, objective, side.dtype, group)
+    how = (backend, rows.lengths, rows.counts, judged, objective, side.dtype, call.terms.at(rows.positions), group)
     coefficients = KTOCoefficients(*how) if preference is None else PreferenceCoefficients(*how, preference=preference)
     walked = walk(rows, side.head(), plan, backend, needs, side.chunking.outputs, coefficients)
     logps = coefficients.logps
@@ -365,6 +375,7 @@ def linear_kto(call: LinearKTO) -> LinearLoss:
     return LinearLoss(
         loss=reference.reduce(losses, objective.reduction).to(reference.compute_dtype(side.dtype)),
         **by_sequence,
+        row_slopes=rows.scatter(coefficients.row_slopes) if call.terms else logps.new_empty(0),
         **side.tokens(walked, rows),
         hidden_gradient=walked.hidden,
         weight_gradient=weight_gradient,
@@ -381,6 +392,7 @@ def _(call: LinearKTO) -> LinearLoss:
         sequence_logps=empty(call.judged.desirable.shape, dtype=torch.float64),
         rewards=empty(call.judged.desirable.shape, dtype=torch.float64),
         slopes=empty(call.judged.desirable.shape, dtype=torch.float64),
+        row_slopes=empty(side.labels.shape if call.terms else 0, dtype=torch.float64),
         **side.fake_tokens(),
         hidden_gradient=gradients.hidden,
         weight_gradient=gradients.weight,
@@ -397,6 +409,7 @@ def _save_loss(call: LinearKTO, result: LinearLoss) -> dict[str, Any]:
     return {
         "cu_seqlens": call.side.cu_seqlens,
         "slopes": result.slopes,
+        "row_slopes": result.row_slopes if call.terms else None,
         "hidden": result.hidden_gradient,
         "weight": result.weight_gradient,
         "bias": result.bias_gradient,
@@ -418,6 +431,8 @@ def _loss_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[
             factors = slopes.unsqueeze(-1).expand(rows)
         else:
             factors = slopes.repeat_interleave(cu_seqlens.diff(), output_size=rows.numel())
+        if saved["row_slopes"] is not None:
+            factors = torch.where(saved["row_slopes"] == 0, 0.0, factors * saved["row_slopes"])
         scale_rows_(ScaleRows(gradients.hidden, factors))
     for gradient, needed in ((gradients.weight, needs["weight"]), (gradients.bias, needs["bias"])):
         if needed:

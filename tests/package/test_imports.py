@@ -19,6 +19,7 @@ LAYERS = [
     ("backends",),
     ("parallel",),
     ("objectives",),
+    ("terms",),
     ("pairs",),
     ("linear",),
     ("ops",),
