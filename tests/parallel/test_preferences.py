@@ -16,6 +16,7 @@ OBJECTIVES = {
     "nll": DPO(beta=0.3, nll_weight=0.7),
     "means": IPO(beta=0.3, length_normalised=True),
     "odds": ORPO(beta=0.3),
+    "weights": DPO(beta=0.2, nll_weight=0.5),
 }
 objectives = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -28,27 +29,47 @@ def problem():
     return [x.to(device()) for x in (hidden, weight, labels, -3.0 * torch.rand(B) * T)]
 
 
+def by_token(name):
+    """Weights, and the reference by token, whose log-ratios are clipped."""
+    if name != "weights":
+        return {}
+    torch.manual_seed(1)
+    given = {"token_weights": torch.rand(B, T), "ref_token_logps": -3 - torch.rand(B, T)}
+    return {key: value.to(device()) for key, value in given.items()}
+
+
 def loss(objective, hidden, weight, labels, ref_logps, linear=True, **options):
-    given = {} if objective.reference_free else {"ref_logps": ref_logps}
+    given = {} if objective.reference_free or "ref_token_logps" in options else {"ref_logps": ref_logps}
+    if "ref_token_logps" in options:
+        options["humanline"] = (-0.5, 0.8)
     if linear:
         return linear_preference_loss(hidden, weight, labels, objective, **given, **options)
     return preference_loss(hidden @ weight.T, labels, objective, **given, **options)
 
 
-def whole(objective, linear):
+def whole(name, linear):
     hidden, weight, labels, ref_logps = problem()
     hidden.requires_grad_(), weight.requires_grad_()
-    out = loss(objective, hidden, weight, labels, ref_logps, linear)
+    out = loss(OBJECTIVES[name], hidden, weight, labels, ref_logps, linear, **by_token(name))
     out.loss.backward()
     return out, hidden, weight, labels, ref_logps
 
 
 def one_pair_each(rank, name, linear):
     objective = OBJECTIVES[name]
-    out, hidden, weight, labels, ref_logps = whole(objective, linear)
+    out, hidden, weight, labels, ref_logps = whole(name, linear)
     mine = torch.tensor([rank, rank + 4], device=device())
     h, w = hidden.detach()[mine].requires_grad_(), weight.detach().requires_grad_()
-    part = loss(objective, h, w, labels[mine], ref_logps[mine], linear, process_group=dist.group.WORLD)
+    part = loss(
+        objective,
+        h,
+        w,
+        labels[mine],
+        ref_logps[mine],
+        linear,
+        process_group=dist.group.WORLD,
+        **{key: value[mine] for key, value in by_token(name).items()},
+    )
     part.loss.backward()
     # As data-parallel wrappers do, losses and gradients are averaged over ranks.
     for value, expected in ((part.loss.detach(), out.loss), (w.grad, weight.grad)):
@@ -60,10 +81,10 @@ def one_pair_each(rank, name, linear):
 
 def some_columns_each(rank, name, linear):
     objective = OBJECTIVES[name]
-    out, hidden, weight, labels, ref_logps = whole(objective, linear)
+    out, hidden, weight, labels, ref_logps = whole(name, linear)
     columns = slice((0, 10, 11, 30)[rank], (10, 11, 30, V)[rank])
     h, w = hidden.detach().requires_grad_(), weight.detach()[columns].requires_grad_()
-    part = loss(objective, h, w, labels, ref_logps, linear, vocab_group=dist.group.WORLD, vocab=V)
+    part = loss(objective, h, w, labels, ref_logps, linear, vocab_group=dist.group.WORLD, vocab=V, **by_token(name))
     part.loss.backward()
     assert_near(name, part.loss.detach(), out.loss.detach())
     assert_near(name, w.grad, weight.grad[columns])
@@ -74,10 +95,19 @@ def some_columns_each(rank, name, linear):
 
 def some_tokens_each(rank, name, linear):
     objective = OBJECTIVES[name]
-    out, hidden, weight, labels, ref_logps = whole(objective, linear)
+    out, hidden, weight, labels, ref_logps = whole(name, linear)
     tokens = slice(3 * rank, 3 * rank + 3)
     h, w = hidden.detach()[:, tokens].requires_grad_(), weight.detach().requires_grad_()
-    part = loss(objective, h, w, labels[:, tokens], ref_logps, linear, context_group=dist.group.WORLD)
+    part = loss(
+        objective,
+        h,
+        w,
+        labels[:, tokens],
+        ref_logps,
+        linear,
+        context_group=dist.group.WORLD,
+        **{key: value[:, tokens] for key, value in by_token(name).items()},
+    )
     part.loss.backward()
     assert_near(name, part.loss.detach(), out.loss.detach())
     assert_near(name, h.grad, hidden.grad[:, tokens])
