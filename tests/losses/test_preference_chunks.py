@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kto_kernels import LinearPlan, linear_preference_loss, preference_loss
-from kto_kernels.objectives import DPO, ORPO, APOZero, Paired, SimPO
-from tests.losses.test_preferences import EVERY, B, Example, H, V, expected, given, name_of
+from kto_kernels.objectives import BCO, DPO, ORPO, APOZero, Paired, SimPO
+from tests.losses.test_preferences import DESIRABLE, EVERY, B, Example, H, V, expected, given, name_of
 
 every = pytest.mark.parametrize("objective", EVERY, ids=name_of)
 MEMBERS = {
@@ -153,3 +153,62 @@ def test_a_pair_is_deferred_where_its_buffers_cost_less_than_a_product():
         ),
     )
     assert both.gemm_units == pytest.approx(3 + 70 / 170) and "  pair 0 recomputed: 170 rows" in str(both)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Paired):
+    """A weighted sum of other losses, with a field of every kind that travels."""
+
+    parts: tuple[Paired, ...] = (DPO(0.3), APOZero(0.3))
+    weights: tuple[float, ...] = (0.5, 2.0)
+    cut: float | None = None
+    power: int = 1
+    label: str = "mixture"
+    negated: bool = False
+
+    def loss(self, chosen, rejected):
+        assert self.label == "mixture" and self.cut is None and self.negated is False and type(self.power) is int
+        losses = [part.loss(chosen, rejected) for part in self.parts]
+        return sum(weight * loss**self.power for weight, loss in zip(self.weights, losses, strict=True))
+
+
+@pytest.mark.parametrize("objective", [Mixture(), BCO(0.3, reward_shift=torch.tensor(0.4))], ids=["own", "tensor"])
+def test_a_record_travels_through_a_compiled_graph_and_a_profiler(objective):
+    torch.compiler.reset()
+    example, results = Example.made(), []
+
+    def loss(hidden, weight):
+        more = {"desirable": DESIRABLE} if isinstance(objective, BCO) else {}
+        return linear_preference_loss(
+            hidden * 1, weight, example.labels, objective, ref_logps=example.ref_logps, **more, max_logits_bytes=700
+        ).loss
+
+    def profiled(hidden, weight):
+        with profile(activities=[ProfilerActivity.CPU]):
+            return loss(hidden, weight)
+
+    for function in (loss, profiled, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        mine = leaves(example)
+        value = function(*mine.values())
+        value.backward()
+        results.append([value.detach(), *(leaf.grad for leaf in mine.values())])
+    for direct, *others in zip(*results):
+        assert all(torch.equal(direct, other) for other in others) and direct.abs().max() > 0
+
+
+def test_a_field_that_cannot_travel_is_an_error_that_names_the_record():
+    @dataclasses.dataclass(frozen=True)
+    class Odd(Paired):
+        table: list = dataclasses.field(default_factory=lambda: [1.0])
+
+        def loss(self, chosen, rejected):
+            return self.table[0] * (rejected.log_ratio - chosen.log_ratio)
+
+    example = Example.made()
+
+    def loss(*head):
+        return linear_preference_loss(*head, example.labels, Odd(), ref_logps=example.ref_logps).loss
+
+    loss(*leaves(example).values()).backward()  # nothing looks at operators
+    with profile(activities=[ProfilerActivity.CPU]), pytest.raises(TypeError, match=r"objective: .*, got \[1\.0\]"):
+        loss(*leaves(example).values())
