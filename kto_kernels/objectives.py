@@ -94,8 +94,9 @@ class Loss(Named):
 
     # Whether the loss compares with a reference: it may, or by its definition it does not.
     reference_free: ClassVar[bool] = False
-    # The numbers that are > 0; the others are at least 0.
+    # The numbers that are > 0, and those that are < ½; every number is at least 0.
     _POSITIVE: ClassVar[tuple[str, ...]] = ("beta",)
+    _BELOW_HALF: ClassVar[tuple[str, ...]] = ("label_smoothing",)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -104,6 +105,8 @@ class Loss(Named):
                 object.__setattr__(self, each.name, checks.flag(each.name, value))
             elif each.type in ("float", float):
                 checked = checks.number(each.name, value, positive=each.name in self._POSITIVE)
+                if each.name in self._BELOW_HALF and not checked < 0.5:
+                    raise ValueError(f"{each.name}: expected a number >= 0 and < 0.5, got {checked}")
                 object.__setattr__(self, each.name, checked)
 
     def rewards(self, scored: Scored) -> Tensor:
@@ -179,6 +182,14 @@ def _sigmoid(x: Tensor) -> Tensor:
 def _softplus_loss(x: Tensor) -> Tensor:
     """−log σ(x)."""
     return -logsigmoid(x)
+
+
+def _smoothed_loss(margin: Tensor, smoothing: float) -> Tensor:
+    """`−(1−ε) log σ(x) − ε log σ(−x)` of the margin x, where a pair's preference is wrong with the probability ε."""
+    if smoothing == 0:  # times which the loss of an infinite margin is not a number
+        return _softplus_loss(margin)
+    epsilon = scalars.data(smoothing)
+    return (1 - epsilon) * _softplus_loss(margin) + epsilon * _softplus_loss(-margin)
 
 
 # Unpaired ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -377,11 +388,6 @@ class DPO(Paired):
 
     coupling: ClassVar[Coupling] = "margin"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing: expected a number >= 0 and < 0.5, got {self.label_smoothing}")
-
     @property
     def per_token(self) -> bool:
         return self.length_normalised
@@ -389,9 +395,10 @@ class DPO(Paired):
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         w, l = (each.ratio(self.per_token) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
         margin = scalars.data(self.beta) * (w - l)
-        smoothing = scalars.data(self.label_smoothing)
-        kept, flipped = (1 - smoothing) * _softplus_loss(margin), smoothing * _softplus_loss(-margin)
-        return (kept - flipped) / (1 - 2 * smoothing) if self.robust else kept + flipped
+        if not self.robust:
+            return _smoothed_loss(margin, self.label_smoothing)
+        epsilon = scalars.data(self.label_smoothing)
+        return ((1 - epsilon) * _softplus_loss(margin) - epsilon * _softplus_loss(-margin)) / (1 - 2 * epsilon)
 
 
 @dataclass(frozen=True)
@@ -456,10 +463,12 @@ class SimPO(Paired):
     Attributes:
         beta: β, > 0, in 1/nat.
         gamma: γ, the margin that chosen should have over rejected, >= 0, without unit.
+        label_smoothing: ε, how likely a pair's preference is wrong, 0 <= ε < ½, as for `DPO`.
     """
 
     beta: float = 2.0
     gamma: float = 0.5
+    label_smoothing: float = 0.0
 
     coupling: ClassVar[Coupling] = "margin"
     reference_free: ClassVar[bool] = True
@@ -472,7 +481,8 @@ class SimPO(Paired):
         return scalars.data(self.beta) * scored.mean_log_ratio
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
-        return _softplus_loss(self.rewards(chosen) - self.rewards(rejected) - scalars.data(self.gamma))
+        margin = self.rewards(chosen) - self.rewards(rejected) - scalars.data(self.gamma)
+        return _smoothed_loss(margin, self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -482,16 +492,18 @@ class CPO(Paired):
 
     Attributes:
         beta: β, > 0, in 1/nat.
+        label_smoothing: ε, how likely a pair's preference is wrong, 0 <= ε < ½, as for `DPO`.
         nll_weight: as for `Loss`; 1.0 by the definition.
     """
 
     beta: float = 0.1
+    label_smoothing: float = 0.0
     nll_weight: float = field(default=1.0, kw_only=True)
 
     reference_free: ClassVar[bool] = True
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
-        return _softplus_loss(self.rewards(chosen) - self.rewards(rejected))
+        return _smoothed_loss(self.rewards(chosen) - self.rewards(rejected), self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -513,9 +525,20 @@ class ORPO(Paired):
     def rewards(self, scored: Scored) -> Tensor:
         return scalars.data(self.beta) * scored.mean_log_ratio
 
+    def log_odds_ratio(self, chosen: Scored, rejected: Scored) -> Tensor:
+        """`odds_w − odds_l`.
+
+        Args:
+            chosen: the chosen sequences of P pairs.
+            rejected: the rejected sequences of these pairs, in the same order.
+
+        Returns:
+            The differences (P,) in fp64, without unit.
+        """
+        return _log_odds(chosen.mean_log_ratio) - _log_odds(rejected.mean_log_ratio)
+
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
-        w, l = (_log_odds(each.mean_log_ratio) for each in (chosen, rejected))  # noqa: E741  (the papers' names)
-        return scalars.data(self.beta) * _softplus_loss(w - l)
+        return scalars.data(self.beta) * _softplus_loss(self.log_odds_ratio(chosen, rejected))
 
 
 def _log_odds(logps: Tensor) -> Tensor:

@@ -1,20 +1,32 @@
-"""A replacement for Liger-Kernel's KTO loss (0.8.5), computed by `linear_kto_loss`: the same calls, the same
-results."""
+"""A replacement for Liger-Kernel's KTO loss (0.8.5), computed by `linear_kto_loss`: the same calls, the same results.
+The replacements for its paired losses are imported from here too, and the patch replaces all."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import dataclass, field
 from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks, reference
 from ..loss import linear_kto_loss
 from ..parallel import dtensor
 from ..stages import linear_token_logps, sequence_logps
+from .liger_base import LigerLoss, check_policy, check_reference, logits_sums
+from .liger_pairs import (
+    LigerFusedLinearCPOLoss,
+    LigerFusedLinearDPOLoss,
+    LigerFusedLinearORPOLoss,
+    LigerFusedLinearSimPOLoss,
+    liger_fused_linear_cpo,
+    liger_fused_linear_dpo,
+    liger_fused_linear_orpo,
+    liger_fused_linear_simpo,
+)
 from .patching import Patch, Replaced, check_call, holders, load, original, undo, version
 
 
@@ -88,26 +100,17 @@ def liger_fused_linear_kto(
         RuntimeError: in the backward, the gradient is differentiated or asked for a second time.
     """
     weight, bias = dtensor.heads(None, weight=weight, bias=bias)  # the sums of logits need the whole head
-    checks.head(_input, weight, bias, name="_input")
-    if _input.dim() != 3:
-        raise ValueError(f"_input: expected (B, T, H), got shape {tuple(_input.shape)}")
-    checks.tensor("target", target, checks.INTEGERS, like=_input)
-    checks.shape("target", target, tuple(_input.shape[:2]), "_input without its last dimension")
+    check_policy(_input, weight, target, bias, ignore_index)
     count = _input.shape[0]
     checks.tensor("preference_labels", preference_labels, (torch.bool,), like=_input)
     checks.shape("preference_labels", preference_labels, (count,), "one per sequence")
-    checks.integer("ignore_index", ignore_index)
     checks.flag("use_ref_model", use_ref_model)
     checks.flag("average_log_prob", average_log_prob)
     checks.flag("count_ignored", count_ignored)
 
     ref_logps = torch.zeros(count, dtype=torch.float64, device=_input.device)
     if use_ref_model:
-        for name, tensor in (("ref_input", ref_input), ("ref_weight", ref_weight)):
-            if tensor is None:
-                raise ValueError(f"{name}: needed with use_ref_model=True, got None")
-        checks.reference_head(ref_input, ref_weight, ref_bias, "ref_input", weight)
-        checks.shape("ref_input", ref_input, (*target.shape, ref_input.shape[-1]), "as _input")
+        check_reference(ref_input, ref_weight, ref_bias, weight, target)
         with torch.no_grad():
             ref_input = ref_input.to(_input.dtype)  # as `linear_kto_loss` does: it scores in the policy's dtype
             tokens = linear_token_logps(ref_input, ref_weight, target, bias=ref_bias, ignore_index=ignore_index)
@@ -129,34 +132,13 @@ def liger_fused_linear_kto(
         ignore_index=ignore_index,
     )
     rewards = beta * reference.log_ratio(out.logps, ref_logps)
-    logits = _logits_sums(_input, weight, bias, None if count_ignored else target != ignore_index)
+    logits = logits_sums(_input, weight, bias, None if count_ignored else target != ignore_index)
     sums = [
         torch.where(side, values, 0.0).sum().to(out.loss.dtype)
         for values in (out.logps, logits, rewards)
         for side in (preference_labels, ~preference_labels)
     ]
     return out.loss, tuple(sums)
-
-
-@torch.no_grad()
-def _logits_sums(
-    hidden: Tensor,  # (B, T, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    counted: Tensor | None,  # (B, T) bool; None: every token
-) -> Tensor:  # (B,)
-    """The sums of the logits `h·W_v + b_v` over each sequence's tokens and over the vocabulary, in fp64. They are
-    computed without logits, as `(Σ_t h_t)·(Σ_v W_v) + T·Σ_v b_v`: one pass over the hidden states and one over the
-    head."""
-    tokens = hidden.new_full(hidden.shape[:1], hidden.shape[1], dtype=torch.float64)
-    if counted is not None:
-        hidden, tokens = hidden.masked_fill(~counted.unsqueeze(-1), 0.0), counted.sum(-1).double()
-    of_hidden = hidden.sum(1, dtype=reference.compute_dtype(hidden.dtype)).double()
-    of_weight = weight.sum(0, dtype=reference.compute_dtype(weight.dtype)).double()
-    sums = (of_hidden * of_weight).sum(-1)
-    if bias is None:
-        return sums
-    return sums + torch.where(tokens == 0, 0.0, tokens * bias.sum(dtype=torch.float64))  # a bias may be -inf
 
 
 def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | float:
@@ -171,12 +153,13 @@ def _reference_points(kl: Tensor | float | None, hidden: Tensor) -> Tensor | flo
     return kl.detach().double()
 
 
-class LigerFusedLinearKTOLoss(nn.Module):
+@dataclass(eq=False, repr=False)
+class LigerFusedLinearKTOLoss(LigerLoss):
     """Replaces `liger_kernel.chunked_loss.LigerFusedLinearKTOLoss`, with its arguments.
 
     `liger_fused_linear_kto` says where the results differ from Liger's.
 
-    Args:
+    Attributes:
         ignore_index: the target of positions that are not scored.
         beta: β, how sharply the loss saturates, > 0, in 1/nat (arXiv 2402.01306, equations 7 and 8).
         compiled: has no effect.
@@ -186,25 +169,13 @@ class LigerFusedLinearKTOLoss(nn.Module):
         count_ignored: whether the sums of logits include the tokens that no target scores, as Liger's do.
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        *,
-        count_ignored: bool = True,
-    ):
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
-        self.count_ignored = count_ignored
+    ignore_index: int = -100
+    beta: float = 0.1
+    compiled: bool = True
+    use_ref_model: bool = False
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    count_ignored: bool = field(default=True, kw_only=True)
 
     def forward(
         self,
@@ -247,26 +218,25 @@ class LigerFusedLinearKTOLoss(nn.Module):
             count_ignored=self.count_ignored,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        """The options, for `repr`.
-
-        Returns:
-            The options by name.
-        """
-        return (
-            f"ignore_index={self.ignore_index}, beta={self.beta}, use_ref_model={self.use_ref_model}, "
-            f"average_log_prob={self.average_log_prob}"
-        )
-
 
 _REPLACED: list[Replaced] = []
-_TRL_TRAINER = "trl.trainer.kto_trainer"
+# What Liger calls its losses, and our classes and functions for them.
+_LOSSES = {
+    "KTO": (LigerFusedLinearKTOLoss, liger_fused_linear_kto),
+    "DPO": (LigerFusedLinearDPOLoss, liger_fused_linear_dpo),
+    "CPO": (LigerFusedLinearCPOLoss, liger_fused_linear_cpo),
+    "ORPO": (LigerFusedLinearORPOLoss, liger_fused_linear_orpo),
+    "SimPO": (LigerFusedLinearSimPOLoss, liger_fused_linear_simpo),
+}
+# TRL's trainers that call one of them, and from which release of TRL; they did up to 1.12.
+_TRL_TRAINERS = {"trl.trainer.kto_trainer": ("KTO", "0.17"), "trl.trainer.dpo_trainer": ("DPO", "0.19")}
 
 
 def patch_liger() -> Patch:
-    """Replaces Liger's `LigerFusedLinearKTOLoss` and `liger_fused_linear_kto` by ours in every imported module that has
-    them: `liger_kernel.chunked_loss`, the submodules of it, and trainers that have imported them (TRL 0.17 to 1.12
-    with `use_liger_kernel=True`). `print(patch_liger())` lists the places.
+    """Replaces Liger's KTO, DPO, CPO, ORPO and SimPO losses by ours in every imported module that has them, the classes
+    (`LigerFusedLinearKTOLoss`, …) and the functions (`liger_fused_linear_kto`, …): `liger_kernel.chunked_loss`, the
+    submodules of it, and trainers that have imported them (TRL's KTO trainer of 0.17 to 1.12 and DPO trainer of 0.19 to
+    1.12 with `use_liger_kernel=True`, Liger's own ORPO trainer). `print(patch_liger())` lists the places.
 
     Call it before the trainer is made, as a trainer keeps the loss that it was made with. A second call also replaces
     Liger's functions in modules imported since the first. A module that imports the names while they are replaced keeps
@@ -276,69 +246,75 @@ def patch_liger() -> Patch:
         The patch. Used as a context manager it ends with the block, otherwise by `unpatch_liger()`.
 
     Warns:
-        UserWarning: the patch has no effect on TRL's KTO trainer. That trainer is imported, before the call or while
-            the patch is in place; it is of a version that does not call Liger's loss (1.13 and later, and before 0.17);
-            and no other module has imported that loss.
+        UserWarning: the patch has no effect on TRL's KTO or DPO trainer. That trainer is imported, before the call or
+            while the patch is in place; it is of a version that does not call Liger's loss (1.13 and later, and the
+            early ones); and no other module has imported that loss.
 
     Raises:
         ImportError: liger_kernel is not installed, or has no `chunked_loss`.
-        RuntimeError: Liger's KTO loss has other parameters than that of 0.8.5.
+        RuntimeError: a loss of Liger's has other parameters than that of 0.8.5.
     """
-    library, functional, module = (
-        load(f"liger_kernel.chunked_loss{name}", "patch_liger", "liger-kernel")
-        for name in ("", ".functional", ".kto_loss")
+    library, functional = (
+        load(f"liger_kernel.chunked_loss{name}", "patch_liger", "liger-kernel") for name in ("", ".functional")
     )
-    theirs = original(_REPLACED, library, "LigerFusedLinearKTOLoss", "patch_liger")
-    their_function = original(_REPLACED, functional, "liger_fused_linear_kto", "patch_liger")
-    apply = original(_REPLACED, module, "LigerFusedLinearKTOFunction", "patch_liger").forward
-    what = f"patch_liger: {version('liger-kernel')}: LigerFusedLinearKTO"
-    check_call(theirs, LigerFusedLinearKTOLoss, f"{what}Loss")
-    check_call(theirs.forward, LigerFusedLinearKTOLoss.forward, f"{what}Loss.forward")
-    check_call(apply, liger_fused_linear_kto, f"{what}Function.forward", skip=1)  # ctx
+    replacements = []
+    for name, (ours, our_function) in _LOSSES.items():
+        lower, title = name.lower(), f"LigerFusedLinear{name}"
+        module = load(f"liger_kernel.chunked_loss.{lower}_loss", "patch_liger", "liger-kernel")
+        theirs = original(_REPLACED, library, f"{title}Loss", "patch_liger")
+        their_function = original(_REPLACED, functional, f"liger_fused_linear_{lower}", "patch_liger")
+        apply = original(_REPLACED, module, f"{title}Function", "patch_liger").forward
+        what = f"patch_liger: {version('liger-kernel')}: {title}"
+        check_call(theirs, ours, f"{what}Loss")
+        check_call(theirs.forward, ours.forward, f"{what}Loss.forward")
+        check_call(apply, our_function, f"{what}Function.forward", skip=1)  # ctx
+        replacements += [(theirs, ours), (their_function, our_function)]
     patch = Patch(_REPLACED)
-    for peer, ours in ((theirs, LigerFusedLinearKTOLoss), (their_function, liger_fused_linear_kto)):
+    for peer, ours in replacements:
         for holder, name in list(holders(peer)):
             patch.replace(holder, name, ours)
-    if _TRL_TRAINER in sys.modules:
-        _warn_without_effect(getattr(sys.modules[_TRL_TRAINER], "__spec__", None))
-    elif _WATCH not in sys.meta_path:
+    for trainer in _TRL_TRAINERS:
+        if trainer in sys.modules:
+            _warn_without_effect(trainer, getattr(sys.modules[trainer], "__spec__", None))
+    if _WATCH not in sys.meta_path:
         sys.meta_path.insert(0, _WATCH)
     return patch
 
 
 def unpatch_liger() -> None:
-    """Puts Liger's own class and function back. Without a patch in place it does nothing."""
+    """Puts Liger's own classes and functions back. Without a patch in place it does nothing."""
     undo(_REPLACED)
 
 
 class _Watch(MetaPathFinder):
-    """Notices when TRL's KTO trainer is imported after a call of `patch_liger`. The other finders do the import."""
+    """Notices when a trainer of TRL's is imported after a call of `patch_liger`. The other finders do the import."""
 
     def find_spec(self, name, path, target=None):
-        if name == _TRL_TRAINER:
-            sys.meta_path.remove(self)
-            if _REPLACED:
-                _warn_without_effect(PathFinder.find_spec(name, path))
+        if name in _TRL_TRAINERS and _REPLACED:
+            _warn_without_effect(name, PathFinder.find_spec(name, path))
         return None
 
 
 _WATCH = _Watch()
 
 
-def _warn_without_effect(trainer: ModuleSpec | None) -> None:
-    """Warns where nothing calls the functions that `patch_liger` has put in place: the source of TRL's KTO trainer does
-    not name Liger's loss, and no module has imported it but Liger's own and ours."""
+def _warn_without_effect(name: str, trainer: ModuleSpec | None) -> None:
+    """Warns where nothing calls the functions that `patch_liger` has put in place: the source of TRL's trainer does not
+    name Liger's loss, and no module has imported it but Liger's own and ours."""
+    loss, since = _TRL_TRAINERS[name]
     loader = getattr(trainer, "loader", None)
     source = loader.get_source(trainer.name) if isinstance(loader, InspectLoader) else None
-    # From TRL 0.27 to 1.5 the trainer is defined in trl.experimental.kto, where it calls Liger's loss.
-    if source is None or "LigerFusedLinearKTO" in source or "experimental.kto" in source:
+    # From TRL 0.27 to 1.5 the KTO trainer is defined in trl.experimental.kto, where it calls Liger's loss.
+    if source is None or f"LigerFusedLinear{loss}" in source or f"experimental.{loss.lower()}" in source:
         return
-    for ours in (LigerFusedLinearKTOLoss, liger_fused_linear_kto):
+    for ours in _LOSSES[loss]:
         if any(module.__name__.split(".")[0] not in ("liger_kernel", "kto_kernels") for module, _ in holders(ours)):
             return
+    instead = "with FusedKTOTrainer or patch_trl()" if loss == "KTO" else "with patch_trl()"
+    earlier = ", and under TRL 0.8 to 1.5 with kto_kernels.integrations.logps.patch_trl_kto()" if loss == "KTO" else ""
     warnings.warn(
-        f"patch_liger: without effect on TRL's KTOTrainer: that of {version('trl')} does not call Liger's loss (those of "
-        "TRL 0.17 to 1.12 do, with use_liger_kernel=True). Our loss is under TRL 1.16 with FusedKTOTrainer or patch_trl() "
-        "of kto_kernels.integrations.trl, and under TRL 0.8 to 1.5 with kto_kernels.integrations.logps.patch_trl_kto().",
+        f"patch_liger: without effect on TRL's {loss}Trainer: that of {version('trl')} does not call Liger's loss (those "
+        f"of TRL {since} to 1.12 do, with use_liger_kernel=True). Our loss is under TRL 1.16 {instead} of "
+        f"kto_kernels.integrations.trl{earlier}.",
         stacklevel=1,
     )

@@ -564,7 +564,7 @@ def warned(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in caught if "patch_liger: without effect on TRL's KTOTrainer: that of trl" in str(w.message)]
+    return [str(w.message) for w in caught if str(w.message).startswith("patch_liger: without effect on TRL's ")]
 
 def trl():
     from trl import KTOTrainer
@@ -607,23 +607,25 @@ assert not warned(patch_liger)
 """)
 
 
-def test_patch_reads_what_trl_calls(tmp_path):
-    """Stand-ins for other releases of TRL: no trainer that calls Liger's loss; TRL 0.17 to 1.12, here where it is called;
-    and 0.27 to 1.5, where another module defines the trainer."""
+@pytest.mark.parametrize("loss", ["KTO", pytest.param("DPO", marks=pytest.mark.wide)])
+def test_patch_reads_what_trl_calls(loss, tmp_path):
+    """Stand-ins for other releases of TRL: no trainer that calls Liger's loss; TRL 0.17 (DPO: 0.19) to 1.12, here where
+    it is called; another loss of Liger's alone; and 0.27 to 1.5, where another module defines the KTO trainer."""
     sources = {
         "": 1,
-        "from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss": 0,
-        "from ..experimental.kto import KTOTrainer as _KTOTrainer": 0,
+        f"from liger_kernel.chunked_loss import LigerFusedLinear{loss}Loss": 0,
+        "from liger_kernel.chunked_loss import LigerFusedLinearCPOLoss": 1,
+        f"from ..experimental.{loss.lower()} import KTOTrainer as _KTOTrainer": 0,
     }
     for k, source in enumerate(sources):
-        trainer = tmp_path / f"{k}/trl/trainer/kto_trainer.py"
+        trainer = tmp_path / f"{k}/trl/trainer/{loss.lower()}_trainer.py"
         trainer.parent.mkdir(parents=True)
         for folder in (trainer.parent, trainer.parent.parent):
             (folder / "__init__.py").touch()
         trainer.write_text(f"def later():\n    {source or 'pass'}\n")
     in_a_process(f"""
 def trl():
-    import trl.trainer.kto_trainer
+    import trl.trainer.{loss.lower()}_trainer
 
 for k, expected in enumerate({[*sources.values()]}):
     sys.path.insert(0, {str(tmp_path)!r} + "/" + str(k))

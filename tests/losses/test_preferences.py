@@ -64,6 +64,12 @@ PAIRED = {
     SPPOHard(beta=0.3): lambda rw, rl, mw, ml: (rw - 1 / 0.6) ** 2 + (rl + 1 / 0.6) ** 2,
     BCOPair(beta=0.3): lambda rw, rl, mw, ml: -torch.log(sig(0.3 * rw)) - torch.log(sig(-0.3 * rl)),
     SimPO(beta=1.5, gamma=0.4): lambda rw, rl, mw, ml: -torch.log(sig(1.5 * (mw - ml) - 0.4)),
+    SimPO(beta=1.5, gamma=0.4, label_smoothing=0.2): lambda rw, rl, mw, ml: (
+        -0.8 * torch.log(sig(1.5 * (mw - ml) - 0.4)) - 0.2 * torch.log(sig(0.4 - 1.5 * (mw - ml)))
+    ),
+    CPO(beta=0.3, label_smoothing=0.2): lambda rw, rl, mw, ml: (
+        -0.8 * torch.log(sig(0.3 * (rw - rl))) - 0.2 * torch.log(sig(0.3 * (rl - rw)))
+    ),
     CPO(beta=0.3): lambda rw, rl, mw, ml: -torch.log(sig(0.3 * (rw - rl))),
     ORPO(beta=0.3): lambda rw, rl, mw, ml: -0.3 * torch.log(sig(odds(mw) - odds(ml))),
     DPO(beta=0.3, nll_weight=0.7): lambda rw, rl, mw, ml: -torch.log(sig(0.3 * (rw - rl))),
@@ -389,6 +395,8 @@ def test_bad_input_is_an_error_that_names_the_argument(objective, arguments, err
         (lambda: DPO(beta=0.0), ValueError, "beta: expected a finite number > 0, got 0"),
         (lambda: DPO(beta="1"), TypeError, "beta: expected a number, got str"),
         (lambda: DPO(label_smoothing=0.5), ValueError, "label_smoothing: expected a number >= 0 and < 0.5"),
+        (lambda: SimPO(label_smoothing=0.5), ValueError, "label_smoothing: expected a number >= 0 and < 0.5"),
+        (lambda: CPO(label_smoothing=-0.1), ValueError, "label_smoothing: expected a finite number >= 0"),
         (lambda: DPO(robust=1), TypeError, "robust: expected True or False"),
         (lambda: SimPO(gamma=-1.0), ValueError, "gamma: expected a finite number >= 0"),
         (lambda: CPO(nll_weight=-1.0), ValueError, "nll_weight: expected a finite number >= 0"),
