@@ -84,7 +84,7 @@ class Call:
             )
             return {"logps": logits.token_logps(call).logps}
         projected = self.projected(side, outputs)
-        frozen = not (self.inputs.trains["weight"] or self.inputs.trains["bias"])
+        frozen = not Needs(**self.inputs.trains).head
         forms = torch.is_grad_enabled() and side.values.requires_grad and frozen
         found = linear.linear_token_logps(linear.LinearTokenLogps(projected, forms, inplace_backward=True))
         return {name: getattr(found, name) for name in ("logps", *outputs)}
@@ -94,7 +94,8 @@ class Call:
         scored = side.completions
         rows = (side.values, side.weight, side.bias, scored.labels, scored.cu_seqlens)
         how = (self.scoring, chunking, self.inputs.dtype, self.agreed.shard)
-        return linear.Projected(*rows, *how, scored.prefix, scored.scored_lengths)
+        adapter = () if side.adapter is None else (side.adapter.a, side.adapter.b, side.adapter.scaling)
+        return linear.Projected(*rows, *how, scored.prefix, scored.scored_lengths, *adapter)
 
     # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,6 +135,7 @@ def agree(
     options |= {
         "shift": scoring.shift,
         "ignore_index": scoring.ignore_index,
+        "adapter": None if inputs.adapter is None else (inputs.adapter.a.shape[0], float(inputs.adapter.scaling)),
         "vocab": None if vocab is None else int(vocab),
     }
     ranks = ranks.sharing(options | {"outputs": chunking.outputs})
@@ -189,9 +191,8 @@ def run(call: Call) -> KTOOutput:
     policy, outputs = inputs.side(""), call.chunking.outputs
     if inputs.kind == "logps":
         return _output(call, policy.logps, ref_logps, z0())
-    trains = inputs.trains
     fused = call.preference is None and call.objective.reduction != "none"
-    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and fused:
+    if inputs.kind == "hidden" and Needs(**inputs.trains).head and fused:
         return _fused_from_hidden(call, ref_logps, z0())
     tokens = call.token_logps(policy, outputs)
     logps = call.sums(tokens["logps"], policy.completions)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, engine
 from .inputs import Inputs
+from .linear.head import Adapter
 from .objectives import KTO, APOZeroUnpaired, Paired, Unpaired
 from .options import BackendName, Chunking, Group, LongSequences, Objective, Output, Pairs, Reduction, Scale, Scoring
 from .output import KTOOutput
@@ -164,6 +165,7 @@ def linear_preference_loss(
     desirable: Tensor | None = None,  # (B,) bool
     pairs: Pairs = "halves",
     bias: Tensor | None = None,  # (V,)
+    adapter: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scaling
     ref_hidden: Tensor | None = None,  # (B, T, H') or (N, H')
     ref_weight: Tensor | None = None,  # (V, H')
     ref_bias: Tensor | None = None,  # (V,)
@@ -218,6 +220,9 @@ def linear_preference_loss(
             half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take turns.
             Unpaired losses ignore it.
         bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        adapter: (A, B, scaling), a LoRA adapter on the policy's head, A (r, H) and B (V, r) bf16, fp16, fp32 or fp64 and
+            the scaling a number >= 0: the logits have `scaling · (h Aᵀ) Bᵀ` added, without dropout. The reference has
+            none. None: no adapter is on the head.
         ref_hidden: (B, T, H') or (N, H'), bf16, fp16, fp32 or fp64: the frozen reference's hidden states for the same
             labels. None: the reference is given as `ref_logps`, or there is none.
         ref_weight: (V, H') bf16, fp16, fp32 or fp64: the reference's head, needed with `ref_hidden` or `ref_kl_hidden`.
@@ -310,6 +315,7 @@ def linear_preference_loss(
         chunking = Chunking(max_logits_bytes, long_sequences, outputs)
         sides = {"policy": hidden, "ref": ref_hidden, "kl": kl_hidden, "ref_kl": ref_kl_hidden}
         heads = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        heads |= {"adapter": Adapter.of(adapter)}
         given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
         judged = {"labels": labels, "cu_seqlens": cu_seqlens, "desirable": desirable}
         mismatched = {"kl_labels": kl_labels, "kl_cu_seqlens": kl_cu_seqlens}
