@@ -322,11 +322,11 @@ def linear_kto_loss(
             read from the device, together with those of the other sequences if these are not given either.
         process_group: data parallel: each rank has sequences of its own, and z0 is the mean over the mismatched
             completions of all ranks, as for `kto_loss`. None: this rank's completions alone.
-        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight` and `ref_bias`, in
-            the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole `hidden`, whose
-            gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more for each of
-            `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden states, in the
-            GEMMs' dtype. None: the head is whole.
+        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight`, `ref_bias` and the
+            adapter's B, in the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole
+            `hidden` and A, whose gradients are whole on every rank. Each chunk costs a gather of three numbers a row (one
+            more for each of `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden
+            states, in the GEMMs' dtype. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         context_group: context parallel: each rank has some tokens of every sequence, and `shift` must be False. Every

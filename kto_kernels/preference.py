@@ -200,7 +200,7 @@ def linear_preference_loss(
     Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 2G with
     a frozen head and 1G without gradients; reference and KL cost 1G each. With a trained head the policy costs 4G, as the
     backward computes the logits once more, but 3G with `objectives.KTO` and `APOZeroUnpaired`, to which
-    `linear_kto_loss` is equal to the bit.
+    `linear_kto_loss` is equal to the bit. An adapter trained on a frozen weight costs 1G less than a trained head.
 
     Shapes: B sequences of T tokens, or N tokens of packed sequences; H features, and H' of the reference's; V rows of the
     head; K mismatched completions. Groups of ranks, dtypes and DTensors are those of `linear_kto_loss`. Both members of a
@@ -274,11 +274,11 @@ def linear_preference_loss(
             read from the device, together with those of the other sequences if these are not given either.
         process_group: data parallel: each rank has sequences of its own, and z0 is the mean over the mismatched
             completions of all ranks, as for `kto_loss`. None: this rank's completions alone.
-        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight` and `ref_bias`, in
-            the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole `hidden`, whose
-            gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more for each of
-            `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden states, in the
-            GEMMs' dtype. None: the head is whole.
+        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight`, `ref_bias` and the
+            adapter's B, in the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole
+            `hidden` and A, whose gradients are whole on every rank. Each chunk costs a gather of three numbers a row (one
+            more for each of `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden
+            states, in the GEMMs' dtype. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         context_group: context parallel: each rank has some tokens of every sequence, and `shift` must be False. Every

@@ -129,8 +129,8 @@ def linear_token_logps(
         scored_lengths: how many positions of each of the B sequences, or of the one of (N,), have a label that scores
             them: ints, or (B,) int32 or int64 on the CPU, as for `linear_kto_loss`. With them nothing waits for the
             device, in the backward neither. None: they are read from the device.
-        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some rows of `weight` and
-            `bias`, in the order of ranks, and the whole `hidden`. None: the head is whole.
+        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some rows of `weight`,
+            `bias` and the adapter's B, in the order of ranks, and the whole `hidden` and A. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         backend: "auto", which takes the first in the device's order of preference that can run, or a name out of
