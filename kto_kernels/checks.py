@@ -210,6 +210,28 @@ def head(
     reverse_mode(f"{prefix}weight", weight)
 
 
+def adapter(value: object) -> tuple[Tensor, Tensor, float]:
+    """Checks that an adapter is (A, B, scaling), and returns the scaling as Python's number."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        got = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"adapter: expected (A, B, scaling), got {got}")
+    a, b, scaling = value
+    return a, b, number("adapter: scaling", scaling, positive=False)
+
+
+def adapter_tensors(a: Tensor, b: Tensor, weight: Tensor) -> None:
+    """Checks A (r, H) and B (V, r), which belong to a weight (V, H)."""
+    for name, value in (("adapter: A", a), ("adapter: B", b)):
+        tensor(name, value, FLOATS, like=weight)
+        reverse_mode(name, value)
+    vocab, width = weight.shape
+    if a.dim() != 2 or a.shape[0] == 0 or a.shape[1] != width:
+        raise ValueError(
+            f"adapter: A: expected (r, {width}) with r >= 1 and the features of weight, got shape {_shape(a)}"
+        )
+    shape("adapter: B", b, (vocab, a.shape[0]), "the rows of weight, and the rank of A")
+
+
 def reference_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, policy: Tensor, sharded: bool = False
 ) -> None:

@@ -85,7 +85,7 @@ class Call:
             )
             return {"logps": logits.token_logps(call).logps}
         projected = self.projected(side, outputs)
-        frozen = not (self.inputs.trains["weight"] or self.inputs.trains["bias"])
+        frozen = not Needs(**self.inputs.trains).head
         forms = torch.is_grad_enabled() and side.values.requires_grad and frozen
         found = linear.linear_token_logps(linear.LinearTokenLogps(projected, forms, inplace_backward=True))
         return {name: getattr(found, name) for name in ("logps", *outputs)}
@@ -95,7 +95,8 @@ class Call:
         scored = side.completions
         rows = (side.values, side.weight, side.bias, scored.labels, scored.cu_seqlens)
         how = (self.scoring, chunking, self.inputs.dtype, self.agreed.shard)
-        return linear.Projected(*rows, *how, scored.prefix, scored.scored_lengths)
+        adapter = () if side.adapter is None else (side.adapter.a, side.adapter.b, side.adapter.scaling)
+        return linear.Projected(*rows, *how, scored.prefix, scored.scored_lengths, *adapter)
 
     # Stage 2 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,6 +170,7 @@ def agree(
     options |= {
         "shift": scoring.shift,
         "ignore_index": scoring.ignore_index,
+        "adapter": None if inputs.adapter is None else (inputs.adapter.a.shape[0], float(inputs.adapter.scaling)),
         "vocab": None if vocab is None else int(vocab),
     }
     ranks = ranks.sharing(options | {"outputs": chunking.outputs})
@@ -225,8 +227,7 @@ def run(call: Call) -> KTOOutput:
     policy, outputs = inputs.side(""), call.chunking.outputs
     if inputs.kind == "logps":
         return _output(call, policy.logps, call.judged(ref_logps, z0()))
-    trains = inputs.trains
-    if inputs.kind == "hidden" and (trains["weight"] or trains["bias"]) and call.objective.reduction != "none":
+    if inputs.kind == "hidden" and Needs(**inputs.trains).head and call.objective.reduction != "none":
         return _fused_from_hidden(call, call.judged(ref_logps, z0()), call.terms(inputs.judged, ref_tokens))
     tokens = call.token_logps(policy, outputs)
     logps = call.sums(tokens["logps"], policy.completions, ref_tokens)

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from . import checks
 from .backends import select
-from .linear.head import gemm_dtype
+from .linear.head import Adapter, gemm_dtype
 from .linear.plan import LinearPlan
 from .options import Chunking, Objective, Scoring
 from .parallel import dtensor
@@ -42,6 +42,7 @@ class Side:
     completions: Completions
     logps: Tensor | None  # (B,)
     token_logps: Tensor | None = None  # like the labels
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Inputs:
     bias: Tensor | None = None  # (V,)
     ref_weight: Tensor | None = None  # (V, H')
     ref_bias: Tensor | None = None  # (V,)
+    adapter: Adapter | None = None  # of the policy's head
     scored_lengths: Sequence[int] | Tensor | None = None  # (B,) scored positions, where the caller knows them
     kl_scored_lengths: Sequence[int] | Tensor | None = None  # (K,)
     sequence_weights: Tensor | None = None  # (B,), or (B / 2,) of pairs
@@ -84,11 +86,12 @@ class Inputs:
         if name == "ref_":
             return Side(self.ref, *ref_head, self.judged, self.ref_logps, self.ref_token_logps)
         if name == "kl_":
-            return Side(self.kl, *head, self.mismatched, self.kl_logps)
+            return Side(self.kl, *head, self.mismatched, self.kl_logps, adapter=self.adapter)
         if name == "ref_kl_":
             return Side(self.ref_kl, *ref_head, self.mismatched, self.ref_kl_logps, self.ref_kl_token_logps)
         given = self.kind == "logps"
-        return Side(None if given else self.policy, *head, self.judged, self.policy if given else None)
+        logps = self.policy if given else None
+        return Side(None if given else self.policy, *head, self.judged, logps, adapter=self.adapter)
 
     @property
     def judged(self) -> Completions:
@@ -112,6 +115,8 @@ class Inputs:
     def trains(self) -> dict[str, bool]:
         """Which of the policy's tensors get a gradient, in a call from hidden states."""
         tensors = {"hidden": self.policy, "weight": self.weight, "bias": self.bias}
+        if self.adapter is not None:
+            tensors |= {"adapter_a": self.adapter.a, "adapter_b": self.adapter.b}
         grad = torch.is_grad_enabled()
         return {name: grad and tensor is not None and tensor.requires_grad for name, tensor in tensors.items()}
 
@@ -175,13 +180,20 @@ class Inputs:
         """These inputs with this rank's part in place of each DTensor, and whole heads in place of sharded ones."""
         like_labels = ("labels", "kl_labels", *_BY_TOKEN)
         rows, heads = self.by_name | {name: getattr(self, name) for name in like_labels}, self.heads
+        adapter = self.adapter
+        if adapter is not None:  # A has no columns, and is whole on every rank
+            (a,) = dtensor.heads(None, **{"adapter: A": adapter.a})
+            (b,) = dtensor.heads(vocab_group, **{"adapter: B": adapter.b})
+            adapter = replace(adapter, a=a, b=b)
         if not any(dtensor.is_elsewhere(x) for x in (*rows.values(), *heads.values()) if x is not None):
-            return self
+            return self if adapter is None else replace(self, adapter=adapter)
         names = {"": "policy", "ref_": "ref", "kl_": "kl", "ref_kl_": "ref_kl"}
         fields = {prefix + self.kind: field for prefix, field in names.items()}
         rows = dict(zip(rows, dtensor.rows(vocab_group, **rows)))
         heads = dict(zip(heads, dtensor.heads(vocab_group, **heads)))
-        return replace(self, **{fields.get(name, name): tensor for name, tensor in rows.items()}, **heads)
+        return replace(
+            self, **{fields.get(name, name): tensor for name, tensor in rows.items()}, **heads, adapter=adapter
+        )
 
     def _check_policy(self, sharded: bool, vocab: int | None, packed: bool) -> int:
         """Checks the policy's side, and returns the number of sequences."""
@@ -194,6 +206,8 @@ class Inputs:
             count = checks.rows(self.policy, self.labels, self.cu_seqlens, packed=packed, sharded=sharded)
         else:
             checks.head(self.policy, self.weight, self.bias, sharded=sharded)
+            if self.adapter is not None:
+                checks.adapter_tensors(self.adapter.a, self.adapter.b, self.weight)
             count = checks.hidden_rows(self.policy, self.labels, self.cu_seqlens, packed=packed)
         checks.vocabulary_size(vocab, self.columns, sharded)
         return count

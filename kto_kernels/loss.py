@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checks, engine
 from .inputs import Inputs
+from .linear.head import Adapter
 from .options import (
     BackendName,
     Chunking,
@@ -194,6 +195,7 @@ def linear_kto_loss(
     desirable: Tensor,  # (B,) bool
     *,
     bias: Tensor | None = None,  # (V,)
+    adapter: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scaling
     ref_hidden: Tensor | None = None,  # (B, T, H') or (N, H')
     ref_weight: Tensor | None = None,  # (V, H')
     ref_bias: Tensor | None = None,  # (V,)
@@ -232,7 +234,8 @@ def linear_kto_loss(
 
     Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G
     (1G for the logits, 1G for each gradient), 2G with a frozen head, 1G without gradients; reference and KL cost 1G
-    each. The gradients are formed in the forward, where the logits are, and only the gradients that something requires.
+    each. An adapter of rank r on a frozen weight leaves it at 2G, and a few products that cost r/H or r/V of a unit; no
+    gradient of the shape (V, H) is formed. The gradients are formed in the forward, where the logits are, and only the gradients that something requires.
     `LinearPlan.of` says how a shape is cut and what it takes. On a GPU the forward waits for the device once, to
     read how many tokens of every sequence are scored, which decides shapes; `scored_lengths` (and `kl_scored_lengths`)
     spare it the wait. Ranks of a group wait besides, to compare their arguments. The backward does not wait.
@@ -258,6 +261,9 @@ def linear_kto_loss(
             is scored (prompt, padding).
         desirable: (B,) bool, True for thumbs up.
         bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        adapter: (A, B, scaling), a LoRA adapter on the policy's head, A (r, H) and B (V, r) bf16, fp16, fp32 or fp64 and
+            the scaling a number >= 0: the logits have `scaling · (h Aᵀ) Bᵀ` added, without dropout. The reference has
+            none. None: no adapter is on the head.
         ref_hidden: (B, T, H') or (N, H'), bf16, fp16, fp32 or fp64: the frozen reference's hidden states for the same
             labels. None: the reference is given as `ref_logps`, or there is none.
         ref_weight: (V, H') bf16, fp16, fp32 or fp64: the reference's head, needed with `ref_hidden` or `ref_kl_hidden`.
@@ -316,11 +322,11 @@ def linear_kto_loss(
             read from the device, together with those of the other sequences if these are not given either.
         process_group: data parallel: each rank has sequences of its own, and z0 is the mean over the mismatched
             completions of all ranks, as for `kto_loss`. None: this rank's completions alone.
-        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight` and `ref_bias`, in
-            the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole `hidden`, whose
-            gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more for each of
-            `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden states, in the
-            GEMMs' dtype. None: the head is whole.
+        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight`, `ref_bias` and the
+            adapter's B, in the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole
+            `hidden` and A, whose gradients are whole on every rank. Each chunk costs a gather of three numbers a row (one
+            more for each of `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden
+            states, in the GEMMs' dtype. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         context_group: context parallel: each rank has some tokens of every sequence, and `shift` must be False. Every
@@ -366,6 +372,7 @@ def linear_kto_loss(
         chunking = Chunking(max_logits_bytes, long_sequences, outputs)
         sides = {"policy": hidden, "ref": ref_hidden, "kl": kl_hidden, "ref_kl": ref_kl_hidden}
         heads = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        heads |= {"adapter": Adapter.of(adapter)}
         given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
         judged = {"labels": labels, "cu_seqlens": cu_seqlens, "desirable": desirable}
         mismatched = {"kl_labels": kl_labels, "kl_cu_seqlens": kl_cu_seqlens}

@@ -226,6 +226,7 @@ class LinearKTOLoss(_WithOptions):
         desirable: Tensor,
         *,
         bias: Tensor | None = None,
+        adapter: tuple[Tensor, Tensor, float] | None = None,
         ref_hidden: Tensor | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
@@ -249,6 +250,8 @@ class LinearKTOLoss(_WithOptions):
             labels: (B, T) or (N,), int32 or int64; `ignore_index` where nothing is scored.
             desirable: (B,) bool, True for thumbs up.
             bias: (V,) floating, the head's bias. None: the head has none.
+            adapter: (A, B, scaling), a LoRA adapter on the policy's head: A (r, H) floating, B (V, r) floating, and a
+                number. None: no adapter is on the head.
             ref_hidden: (B, T, H') or (N, H') floating, the reference's hidden states. None: the reference is given as
                 `ref_logps`, or there is none.
             ref_weight: (V, H') floating, the reference's head; `weight` where policy and reference share it. None:
@@ -292,6 +295,7 @@ class LinearKTOLoss(_WithOptions):
             labels,
             desirable,
             bias=bias,
+            adapter=adapter,
             ref_hidden=ref_hidden,
             ref_weight=ref_weight,
             ref_bias=ref_bias,

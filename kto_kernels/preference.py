@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, engine
 from .inputs import Inputs
+from .linear.head import Adapter
 from .objectives import KTO, APOZeroUnpaired, Paired, Unpaired
 from .options import BackendName, Chunking, Group, LongSequences, Objective, Output, Pairs, Reduction, Scale, Scoring
 from .output import KTOOutput
@@ -191,6 +192,7 @@ def linear_preference_loss(
     desirable: Tensor | None = None,  # (B,) bool
     pairs: Pairs = "halves",
     bias: Tensor | None = None,  # (V,)
+    adapter: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scaling
     ref_hidden: Tensor | None = None,  # (B, T, H') or (N, H')
     ref_weight: Tensor | None = None,  # (V, H')
     ref_bias: Tensor | None = None,  # (V,)
@@ -230,10 +232,10 @@ def linear_preference_loss(
     logits.
 
     Only scored tokens are projected. In GEMM units `G = 2·N·H·V` FLOPs over the N scored tokens, the policy costs 3G
-    with a trained head, whose gradient is formed in the forward, 2G with a frozen head and 1G without gradients,
-    whatever the loss is; reference and KL cost 1G each. `linear_kto_loss` is the same with `objectives.KTO`, to the
-    bit. The members of a pair that a loss compares are in one chunk where both fit; a longer pair is deferred or
-    recomputed, see `LinearPlan`.
+    with a trained head, whose gradient is formed in the forward, 2G with a frozen weight (whose adapter may be trained)
+    and 1G without gradients, whatever the loss is; reference and KL cost 1G each. `linear_kto_loss` is the same with
+    `objectives.KTO`, to the bit. The members of a pair that a loss compares are in one chunk where both fit; a longer
+    pair is deferred or recomputed, see `LinearPlan`.
 
     Shapes: B sequences of T tokens, or N tokens of packed sequences; H features, and H' of the reference's; V rows of
     the head; K mismatched completions. Groups of ranks, dtypes and DTensors are those of `linear_kto_loss`. Both
@@ -253,6 +255,9 @@ def linear_preference_loss(
             second half rejected, in the same order, as TRL sends them; or "interleaved", chosen and rejected take
             turns. Unpaired losses ignore it.
         bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        adapter: (A, B, scaling), a LoRA adapter on the policy's head, A (r, H) and B (V, r) bf16, fp16, fp32 or fp64 and
+            the scaling a number >= 0: the logits have `scaling · (h Aᵀ) Bᵀ` added, without dropout. The reference has
+            none. None: no adapter is on the head.
         ref_hidden: (B, T, H') or (N, H'), bf16, fp16, fp32 or fp64: the frozen reference's hidden states for the same
             labels. None: the reference is given as `ref_logps`, or there is none.
         ref_weight: (V, H') bf16, fp16, fp32 or fp64: the reference's head, needed with `ref_hidden` or `ref_kl_hidden`.
@@ -321,11 +326,11 @@ def linear_preference_loss(
             read from the device, together with those of the other sequences if these are not given either.
         process_group: data parallel: each rank has sequences of its own, and z0 is the mean over the mismatched
             completions of all ranks, as for `kto_loss`. None: this rank's completions alone.
-        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight` and `ref_bias`, in
-            the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole `hidden`, whose
-            gradient is whole on every rank. Each chunk costs a gather of three numbers a row (one more for each of
-            `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden states, in the
-            GEMMs' dtype. None: the head is whole.
+        vocab_group: vocabulary parallel: each rank has some rows of `weight`, `bias`, `ref_weight`, `ref_bias` and the
+            adapter's B, in the order of ranks (of a padded head pass the real ones, `weight[:n]`), and the whole
+            `hidden` and A, whose gradients are whole on every rank. Each chunk costs a gather of three numbers a row (one
+            more for each of `outputs`) and, where gradients are formed, an all-reduce of the gradient of its hidden
+            states, in the GEMMs' dtype. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         context_group: context parallel: each rank has some tokens of every sequence, and `shift` must be False. Every
@@ -362,6 +367,7 @@ def linear_preference_loss(
         chunking = Chunking(max_logits_bytes, long_sequences, outputs)
         sides = {"policy": hidden, "ref": ref_hidden, "kl": kl_hidden, "ref_kl": ref_kl_hidden}
         heads = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        heads |= {"adapter": Adapter.of(adapter)}
         given = {"ref_logps": ref_logps, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps, "kl_value": kl}
         judged = {"labels": labels, "cu_seqlens": cu_seqlens, "desirable": desirable}
         mismatched = {"kl_labels": kl_labels, "kl_cu_seqlens": kl_cu_seqlens}

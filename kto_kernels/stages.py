@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks, engine, reference
 from .inputs import Inputs
+from .linear.head import Adapter
 from .options import BackendName, Chunking, Group, LossType, Objective, Reduction, Scale, Scoring
 from .output import KTOOutput
 from .parallel.agreement import Ranks, fingerprints
@@ -85,6 +86,7 @@ def linear_token_logps(
     labels: Tensor,  # (B, T) or (N,)
     *,
     bias: Tensor | None = None,  # (V,)
+    adapter: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scaling
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -96,13 +98,13 @@ def linear_token_logps(
     vocab: int | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in `hidden`, `weight`
-    and `bias`. At most `max_logits_bytes` of logits exist at a time.
+    """Stage 1 from hidden states: `token_logps(hidden @ weight.T + bias, labels)`, differentiable in `hidden`,
+    `weight`, `bias` and `adapter`. At most `max_logits_bytes` of logits exist at a time.
 
     One GEMM unit is `G = 2·N·H·V` FLOPs over the N scored tokens. Without gradients the call costs 1G. With a frozen
     head the forward forms the hidden states' gradient too, and the backward of any loss on top only scales the rows of
-    this gradient: 2G in all. With a trained head (`weight` or `bias` requires grad) the backward computes the logits
-    once more: 4G in all.
+    this gradient: 2G in all. With a trained head (`weight`, `bias` or `adapter` requires grad) the backward computes the
+    logits once more: 4G in all, or 3G where `weight` is frozen.
 
     The GEMMs run in autocast's dtype where autocast is on and `hidden` is not fp64, else in the dtype of `hidden`. A
     loss that compares two models needs the hidden states of both in one dtype.
@@ -113,6 +115,9 @@ def linear_token_logps(
         weight: (V, H) bf16, fp16, fp32 or fp64: the head's weight.
         labels: (B, T) or (N,), int32 or int64; `ignore_index` where nothing is scored.
         bias: (V,) bf16, fp16, fp32 or fp64: the head's bias. None: the head has none.
+        adapter: (A, B, scaling), a LoRA adapter on the head, A (r, H) and B (V, r) bf16, fp16, fp32 or fp64 and
+            the scaling a number >= 0: the logits have `scaling · (h Aᵀ) Bᵀ` added, without dropout. None: no adapter is
+            on the head.
         shift: whether position t predicts the label of t + 1 in its sequence. False: position t predicts the label of
             t.
         ignore_index: the label of positions that are not scored. The default is PyTorch's.
@@ -124,8 +129,8 @@ def linear_token_logps(
         scored_lengths: how many positions of each of the B sequences, or of the one of (N,), have a label that scores
             them: ints, or (B,) int32 or int64 on the CPU, as for `linear_kto_loss`. With them nothing waits for the
             device, in the backward neither. None: they are read from the device.
-        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some rows of `weight` and
-            `bias`, in the order of ranks, and the whole `hidden`. None: the head is whole.
+        vocab_group: a ProcessGroup or one-dimensional DeviceMesh, each of whose ranks has some rows of `weight`,
+            `bias` and the adapter's B, in the order of ranks, and the whole `hidden` and A. None: the head is whole.
         vocab: the size of the whole vocabulary, checked against the rows of `weight`, or with a `vocab_group` against
             the sum of all ranks' rows. None: it is not checked.
         backend: "auto", which takes the first in the device's order of preference that can run, or a name out of
@@ -157,7 +162,8 @@ def linear_token_logps(
     with ranks.failing_together(hidden):
         scoring = Scoring(Scale(logit_scale, softcap, temperature), shift, ignore_index, backend)
         chunking = Chunking(max_logits_bytes)
-        inputs = Inputs("hidden", hidden, labels, weight=weight, bias=bias, scored_lengths=scored_lengths)
+        head = {"weight": weight, "bias": bias, "adapter": Adapter.of(adapter)}
+        inputs = Inputs("hidden", hidden, labels, **head, scored_lengths=scored_lengths)
         inputs = inputs.checked(ranks, scoring, chunking, vocab=vocab, packed=False)
     call = engine.agree(inputs, scoring, Objective(), chunking, ranks, vocab)
     return call.token_logps(call.inputs.side(""))["logps"]

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import reference, releases
+from .. import checks, reference, releases
 from ..backends.base import Backend
 from ..options import Scale
 
 # Rows and columns of a tile where a product is rounded to 16 bits before it is added. On a CPU the tile stays in the
 # cache; elsewhere it is large enough for a GEMM, and its product takes little memory beside the sum.
 _TILE, _TILE_ON_DEVICES = 1024, 8192
+# The tensors of a head that may be trained, by the names that they have in records and operators.
+HEAD_TENSORS = ("weight", "bias", "adapter_a", "adapter_b")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A product of low rank (LoRA) beside the head's weight: logits have `scaling · (h Aᵀ) Bᵀ` added."""
+
+    a: Tensor  # (r, H)
+    b: Tensor  # (V, r)
+    scaling: float
+
+    @classmethod
+    def of(cls, adapter: object) -> Adapter | None:
+        """The adapter that a caller gave as (A, B, scaling), or None. The tensors are checked with the other inputs."""
+        return None if adapter is None else cls(*checks.adapter(adapter))
+
+    def down(self, hidden: Tensor) -> Tensor:  # (C, r)
+        """`scaling · h Aᵀ` of hidden states (C, H): `down Bᵀ` are the logits that the adapter adds."""
+        return torch.mm(hidden, self.a.t()).mul_(self.scaling)
+
+    def up(self, gradient: Tensor) -> Tensor:  # (C, r)
+        """`scaling · g B` of the logits' gradient (C, V): `up A` is what the adapter adds to the hidden states' gradient,
+        and `upᵀ h` is the gradient of A."""
+        return torch.mm(gradient, self.b).mul_(self.scaling)
 
 
 @dataclass(frozen=True)
@@ -23,13 +49,21 @@ class Head:
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     scale: Scale
+    adapter: Adapter | None = None
 
     def project(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """Logits (C, V) of hidden states (C, H), in the front of the buffer."""
         logits = buffer[: hidden.shape[0]]
         if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=logits)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        return logits if self.adapter is None else logits.addmm_(self.adapter.down(hidden), self.adapter.b.t())
+
+    def hidden_gradient(self, gradient: Tensor, up: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The gradient (C, H) of hidden states from that of their logits (C, V), and from `Adapter.up` of the latter."""
+        found = torch.mm(gradient, self.weight, out=out)
+        return found if up is None else found.addmm_(up, self.adapter.a)
 
 
 @dataclass(frozen=True)
@@ -39,10 +73,16 @@ class Needs:
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    adapter_a: bool = False
+    adapter_b: bool = False
+
+    @property
+    def adapter(self) -> bool:
+        return self.adapter_a or self.adapter_b
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias
+        return self.weight or self.bias or self.adapter
 
 
 @dataclass
@@ -53,17 +93,30 @@ class HeadGradient:
     dtype: torch.dtype  # of dW: fp32 (fp64 for fp64), or narrower where dW is one product
     weight: Tensor | None = None  # (V, H)
     bias: Tensor | None = None  # (V,)
+    adapter_a: Tensor | None = None  # (r, H)
+    adapter_b: Tensor | None = None  # (V, r)
 
-    def add(self, gradient: Tensor, hidden: Tensor, coefficients: Tensor | None) -> None:
+    def add(
+        self,
+        gradient: Tensor,  # (C, V)
+        hidden: Tensor,  # (C, H)
+        coefficients: Tensor | None,  # (C,)
+        adapter: Adapter | None = None,
+        up: Tensor | None = None,  # (C, r), `Adapter.up` of the gradient
+    ) -> None:
         """Adds `Σ_n c_n · gradient_n ⊗ hidden_n`; without coefficients c = 1. The coefficients scale the hidden states
         in place, whose H columns are fewer than the gradient's V."""
+        if coefficients is not None and (self.needs.weight or self.needs.adapter):
+            hidden.mul_(coefficients.unsqueeze(-1))
+        float_dtype = reference.compute_dtype(gradient.dtype)
         if self.needs.weight:
-            if coefficients is not None:
-                hidden.mul_(coefficients.unsqueeze(-1))
             self.weight = add_product(self.weight, gradient.t(), hidden, self.dtype)
+        if self.needs.adapter:  # A and B alike: one alone would spare next to nothing
+            self.adapter_a = add_product(self.adapter_a, up.t(), hidden, float_dtype)
+            self.adapter_b = add_product(self.adapter_b, gradient.t(), adapter.down(hidden), float_dtype)
         if self.needs.bias:
             row = gradient.new_ones(1, len(gradient)) if coefficients is None else coefficients.view(1, -1)
-            factors = (row.to(gradient.dtype), gradient, reference.compute_dtype(gradient.dtype))
+            factors = (row.to(gradient.dtype), gradient, float_dtype)
             if self.bias is None:
                 self.bias = add_product(None, *factors).squeeze_(0)  # in place: an operator's result is no view
             else:
@@ -71,33 +124,36 @@ class HeadGradient:
 
     def fold(self, other: HeadGradient, factor: Tensor) -> None:
         """Adds `factor · other`, and empties `other`."""
-        for name in ("weight", "bias"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if theirs is None:
-                continue
-            if mine is None:
+        for name, theirs in list(other.sums()):
+            if (mine := getattr(self, name)) is None:
                 setattr(self, name, theirs.mul_(factor))
             else:
                 mine.addcmul_(theirs, factor)
             setattr(other, name, None)
 
+    def sums(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums that are there, by name."""
+        for name in HEAD_TENSORS:
+            if (total := getattr(self, name)) is not None:
+                yield name, total
+
     def scale_(self, factor: Tensor, backend: Backend) -> None:
-        for total in (self.weight, self.bias):
-            if total is not None:
-                backend.scale_(total, factor)
+        for _, total in self.sums():
+            backend.scale_(total, factor)
 
-    def result(self, weight: Tensor, bias: Tensor | None, divisor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(dW, db), in the `gradient_dtype` of the weight and bias given; zeros where no row was added, empty where a
-        gradient is not needed."""
+    def result(
+        self, wanted: dict[str, tuple[Sequence[int], torch.dtype]], divisor: Tensor | None, device: torch.device
+    ) -> dict[str, Tensor]:
+        """The gradients in the shapes and dtypes `wanted`, by name; zeros where no row was added, empty where a gradient
+        is not needed."""
 
-        def finish(needed: bool, total: Tensor | None, like: Tensor) -> Tensor:
-            dtype = gradient_dtype(like.dtype)
-            if not needed or total is None:
-                return torch.zeros(like.shape if needed else 0, dtype=dtype, device=like.device)
+        def finish(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            total = getattr(self, name) if getattr(self.needs, name) else None
+            if total is None:
+                return torch.zeros(shape, dtype=dtype, device=device)
             return (total if divisor is None else total.mul_(divisor)).to(dtype)
 
-        bias = weight if bias is None else bias
-        return finish(self.needs.weight, self.weight, weight), finish(self.needs.bias, self.bias, bias)
+        return {name: finish(name, *kind) for name, kind in wanted.items()}
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

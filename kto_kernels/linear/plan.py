@@ -60,6 +60,7 @@ class LinearPlan:
         kept_rows: rows whose logits stay in the buffer until the exchange.
         pairs: as given to `LinearPlan.of`. Where it is not None, a pair counts as one sequence in `chunks`, `deferred`
             and `recomputed`.
+        adapter_rank: r, the rank of the adapter on the head; 0: there is none.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class LinearPlan:
     buffer_rows: int
     kept_rows: int
     pairs: Pairing | None = None
+    adapter_rank: int = 0
 
     @classmethod
     def of(
@@ -100,6 +102,9 @@ class LinearPlan:
         device: torch.device | str = "cuda",
         balance: float | None = None,
         widest: int | None = None,
+        adapter_rank: int = 0,
+        needs_adapter: bool = True,
+        adapter_dtype: torch.dtype | None = None,
     ) -> LinearPlan:
         """Plans one pass of the policy.
 
@@ -132,6 +137,9 @@ class LinearPlan:
             balance: FLOPs of a GEMM in the time of one byte from memory. None: a typical number for the device type.
             widest: the most columns that a rank of the vocabulary group has. Chunks are cut for this rank, so that they
                 are the same on every rank. None: there is no vocabulary group.
+            adapter_rank: r, the rank of an adapter (LoRA) on the head. 0: there is none.
+            needs_adapter: whether the gradients of the adapter's A and B are formed. Without an adapter it says nothing.
+            adapter_dtype: the dtype of A and B as they are given. None: `dtype`.
 
         Returns:
             The plan. It depends on nothing but these arguments: no device is touched.
@@ -157,14 +165,16 @@ class LinearPlan:
                 open_sequences = [any(pair) for pair in zip(open_sequences[::2], open_sequences[1::2])]
         most = vocab if widest is None else widest
         row_bytes = most * dtype.itemsize
+        adapter = (adapter_rank, bool(adapter_rank and needs_adapter), adapter_dtype or dtype)
 
         def cut(chunk_rows: int, vocab: int = most) -> LinearPlan:
             return _cut(
                 cls, lengths, pairs, chosen_lengths, vocab, hidden, dtype, needs_hidden, needs_weight,
-                (needs_weight or needs_bias) and not known_coefficients, known_coefficients,
+                (needs_weight or needs_bias or adapter[1]) and not known_coefficients, known_coefficients,
                 dtype if weight_dtype is None else weight_dtype, sum(lengths) if hidden_rows is None else hidden_rows,
                 dtype if hidden_dtype is None else hidden_dtype, chunk_rows,
                 schedule.late(needs_weight, long_sequences, balance), open_sequences, widest is not None,
+                *adapter,
             )  # fmt: skip
 
         if max_logits_bytes is not None:
@@ -198,7 +208,8 @@ class LinearPlan:
 
         Args:
             vocab: whether to list the messages in a vocabulary group: for each chunk three numbers a row, gathered, and
-                the hidden states' gradient, summed. False: there is no such group.
+                the hidden states' gradient, summed; for a trained adapter the gradient of A besides, summed once. False:
+                there is no such group.
             context: the number of sequences whose sums are exchanged in a context group. None: there is no such group.
 
         Returns:
@@ -211,6 +222,8 @@ class LinearPlan:
             if "hidden gradient" in self.bytes:
                 row = self.hidden * self.dtype.itemsize
                 sent += [("all_reduce", row * chunk.rows) for chunk in self.chunks if chunk.forms]
+            if "adapter gradient" in self.bytes and self.rows:
+                sent.append(("all_reduce", number * self.adapter_rank * self.hidden))
         if context is not None:
             sent.append(("all_reduce", 8 * context))
         return sent
@@ -247,7 +260,8 @@ def _balance(device: torch.device, dtype: torch.dtype) -> float:
 
 def _cut(
     cls, lengths, pairs, chosen_lengths, vocab, hidden, dtype, needs_hidden, needs_weight, bound, known_coefficients,
-    weight_dtype, hidden_rows, hidden_dtype, chunk_rows, late, open_sequences, sharded
+    weight_dtype, hidden_rows, hidden_dtype, chunk_rows, late, open_sequences, sharded, rank, needs_adapter,
+    adapter_dtype
 ) -> LinearPlan:  # fmt: skip
     """The plan with chunks of `chunk_rows`; `bound` says that rows wait for their sequence's coefficient, and
     `chosen_lengths` are given where a sequence is a pair whose members have coefficients of their own."""
@@ -285,6 +299,10 @@ def _cut(
     sizes = {"logits": max(kept, most) * vocab * size, "chunk of hidden": most * hidden * size}
     if weight_dtype != dtype:
         sizes["head in the GEMMs' dtype"] = vocab * hidden * size
+    if rank:
+        sizes["chunk of adapter products"] = (1 + needs_adapter) * most * rank * size
+        if adapter_dtype != dtype:
+            sizes["adapter in the GEMMs' dtype"] = rank * (hidden + vocab) * size
     if needs_hidden and sharded:
         sizes["chunk of hidden gradient"] = most * hidden * size  # under way between the ranks
     if needs_hidden:
@@ -293,16 +311,26 @@ def _cut(
         sizes["weight gradient"] = vocab * hidden * gradient_dtype.itemsize
         if heads > 1:
             sizes["deferred weight gradient"] = (heads - 1) * vocab * hidden * gradient_dtype.itemsize
+    if needs_adapter:
+        sums = rank * (hidden + vocab) * torch.promote_types(dtype, torch.float32).itemsize
+        sizes["adapter gradient"] = sums
+        if heads > 1:
+            sizes["deferred adapter gradient"] = (heads - 1) * sums
     peak = sum(sizes.values())
     if needs_weight and weight_dtype != gradient_dtype:
         sizes["rounded weight gradient"] = vocab * hidden * weight_dtype.itemsize  # when the chunks' buffers are gone
         left = ("hidden gradient", "weight gradient", "rounded weight gradient")
         peak = max(peak, sum(sizes.get(name, 0) for name in left))
     rows = sum(lengths)
-    products = sum(chunk.rows for chunk in chunks) + sum(chunk.rows for chunk in formed) * (needs_hidden + needs_weight)
+    scored_rows, formed_rows = (sum(chunk.rows for chunk in some) for some in (chunks, formed))
+    products = scored_rows + formed_rows * (needs_hidden + needs_weight)
+    if rank:  # products with A have H columns, and those with B have V
+        with_a = scored_rows + formed_rows * (needs_hidden + 2 * needs_adapter)
+        with_b = scored_rows + formed_rows * ((needs_hidden or needs_adapter) + needs_adapter)
+        products += rank * (with_a / max(1, vocab) + with_b / hidden)
     return cls(
         rows=rows, vocab=vocab, hidden=hidden, dtype=dtype, chunk_rows=chunk_rows, chunks=tuple(chunks),
         deferred=tuple(deferred), recomputed=tuple(recomputed), bytes=sizes, peak_bytes=peak,
         gemm_units=products / rows if rows else 0.0, weight_gradient_dtype=gradient_dtype, buffer_rows=max(kept, most),
-        kept_rows=kept, pairs=pairs,
+        kept_rows=kept, pairs=pairs, adapter_rank=rank,
     )  # fmt: skip

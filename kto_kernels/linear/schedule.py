@@ -56,10 +56,10 @@ def late(needs_weight: bool, long_sequences: str, balance: float) -> Late:
     def choose(early: int, buffers: int, apart: int = 0) -> tuple[Task, str]:
         if long_sequences != "auto":
             return Task.DEFER if long_sequences == "defer" else Task.RECOMPUTE, f"long_sequences={long_sequences!r}"
+        if not needs_weight:
+            return Task.DEFER, "second gradients of bias and adapter are small"
         if apart:
             return Task.RECOMPUTE, "another is deferred, and each would take a dW of its own"
-        if not needs_weight:
-            return Task.DEFER, "a second bias gradient costs nothing"
         worth = round(_DEFER_ROWS_PER_BALANCE * balance) * buffers
         passes, cost = "a pass over a second dW", "costs"
         if buffers > 1:

@@ -55,7 +55,8 @@ def walk(
     """Runs the chunks of the plan. A trained head needs `coefficients`.
 
     In a vocabulary group each chunk costs one gather (see `kto_kernels.parallel.vocabulary`), and one all-reduce of the
-    hidden states' gradient, which runs during the chunk's other product and the next chunk's first.
+    hidden states' gradient, which runs during the chunk's other product and the next chunk's first. The gradient of an
+    adapter's A, which is whole on every rank, costs one all-reduce at the end.
     """
     device, dtype = rows.hidden.device, head.weight.dtype
     total_rows = len(rows.positions)
@@ -90,22 +91,24 @@ def walk(
                 total.fold(apart.pop(sequence), coefficients.of_part(sequence))
 
     def form(chunk: Chunk, gradient: Tensor, h: Tensor) -> None:
+        up = head.adapter.up(gradient) if head.adapter is not None and (needs.hidden or needs.adapter) else None
         if needs.hidden and rows.shard is not None:
             settle()
-            on_its_way.append(_Sum(chunk, torch.mm(gradient, head.weight), rows.shard.group))
+            on_its_way.append(_Sum(chunk, head.hidden_gradient(gradient, up), rows.shard.group))
         if needs.head:
             if chunk.task is Task.DEFER:
                 for sequence, part, factors in coefficients.parts(logps, chunk):
                     kept_apart = apart.setdefault(sequence, HeadGradient(needs, float_dtype))
-                    kept_apart.add(gradient[part], h[part], factors)
+                    of_part = None if up is None else up[part]
+                    kept_apart.add(gradient[part], h[part], factors, head.adapter, of_part)
             else:
                 if chunk.task is Task.CLOSE:
                     rescale(coefficients.close(logps, chunk))
                     fold(*coefficients.of_chunk(chunk))
-                total.add(gradient, h, coefficients.of_rows(chunk))
+                total.add(gradient, h, coefficients.of_rows(chunk), head.adapter, up)
         if needs.hidden and rows.shard is None:
             # The chunk's hidden states are no longer needed: their gradient overwrites them.
-            put(chunk, torch.mm(gradient, head.weight, out=h))
+            put(chunk, head.hidden_gradient(gradient, up, out=h))
 
     for chunk in plan.chunks:
         if chunk.task is Task.EXCHANGE:
@@ -133,4 +136,6 @@ def walk(
         elif forms:
             form(chunk, gradient, h)
     settle()
+    if total.adapter_a is not None and rows.shard is not None:  # so far of this rank's columns
+        dist.all_reduce(total.adapter_a, group=rows.shard.group)
     return Walk(logps, extra, hidden, total)

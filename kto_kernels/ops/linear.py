@@ -3,8 +3,9 @@
     linear_token_logps   hidden states → token log-probabilities; with a frozen head also the hidden states' gradient,
                          whose rows the backward only scales (2G)
     linear_backward      the gradients of token log-probabilities where the head is trained, from logits computed once
-                         more (4G in all)
-    linear_kto           the whole loss and the gradients of a trained head, formed in the forward (3G)
+                         more (4G in all; 3G where the head's adapter is trained and the weight is frozen)
+    linear_kto           the whole loss and the gradients of a trained head, formed in the forward (3G; 2G where only
+                         bias and adapter are trained)
     scale_, scale_rows_  multiply a gradient that the forward formed by the upstream gradient, in place
 
 `kto_kernels.linear.plan` explains the GEMM unit G and the chunks. Each operator is one opaque node to torch.compile,
@@ -14,6 +15,7 @@ because the number of chunks depends on how many tokens are scored.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from .. import reference
 from ..backends import Backend, select
 from ..backends.base import power_of_two_below
 from ..linear.coefficients import KnownCoefficients, KTOCoefficients, LogpAndEntropyCoefficients, PreferenceCoefficients
-from ..linear.head import Head, Needs, autocasts, gradient_dtype
+from ..linear.head import HEAD_TENSORS, Adapter, Head, Needs, autocasts, gradient_dtype
 from ..linear.plan import LinearPlan
 from ..linear.rows import ScoredRows, scored_counts, scored_targets
 from ..linear.walk import Walk, walk
@@ -54,6 +56,9 @@ class Projected:
     shard: VocabShard | None = None
     prefix: Literal["", "kl_"] = ""  # of the names of labels and offsets in error messages
     scored_lengths: Tensor | None = None  # as in Completions
+    adapter_a: Tensor | None = None  # (r, H)
+    adapter_b: Tensor | None = None  # (V, r), where `adapter_a` is
+    adapter_scaling: float = 1.0
 
     @property
     def vocab(self) -> int:
@@ -72,15 +77,22 @@ class Projected:
         return ScoredRows.of(self.hidden, self.completions, self.scoring, self.weight.shape[0], self.shard)
 
     def head(self) -> Head:
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return Head(self.weight.to(self.dtype), bias, self.scoring.scale)
+        weight, bias, a, b = (None if x is None else x.to(self.dtype) for x in self.trainable)
+        return Head(weight, bias, self.scoring.scale, None if a is None else Adapter(a, b, self.adapter_scaling))
+
+    @property
+    def trainable(self) -> list[Tensor | None]:
+        """The tensors of the head that may be trained."""
+        return [getattr(self, name) for name in HEAD_TENSORS]
 
     def plan(self, lengths: list[int], needs: Needs, **options: Any) -> LinearPlan:
         return LinearPlan.of(
             lengths, *self.weight.shape, self.dtype, needs_hidden=needs.hidden, needs_weight=needs.weight,
             needs_bias=needs.bias, weight_dtype=self.weight.dtype, hidden_rows=self.hidden.shape[:-1].numel(),
             hidden_dtype=self.hidden.dtype, max_logits_bytes=self.chunking.max_logits_bytes, device=self.hidden.device,
-            widest=None if self.shard is None else self.shard.widest, **options,
+            widest=None if self.shard is None else self.shard.widest, needs_adapter=needs.adapter,
+            adapter_rank=0 if self.adapter_a is None else self.adapter_a.shape[0],
+            adapter_dtype=None if self.adapter_a is None else self.adapter_a.dtype, **options,
         )  # fmt: skip
 
     def flops(self, needs: Needs, reordered: bool = False, **options: Any) -> int:
@@ -106,14 +118,25 @@ class Projected:
         found = {name: empty(self.labels.shape if name in asked else 0, dtype=values[name]) for name in OUTPUTS}
         return {"logps": empty(self.labels.shape, dtype=dtype)} | found
 
+    def gradients(self, walked: Walk, divisor: Tensor | None) -> Gradients:
+        head = walked.head.result(self._gradient_kinds(walked.head.needs), divisor, self.hidden.device)
+        return Gradients(walked.hidden, **head)
+
     def fake_gradients(self, needs: Needs) -> Gradients:
         empty = functools.partial(torch.empty, device=self.hidden.device)
-        bias = self.weight if self.bias is None else self.bias
-        return Gradients(
-            hidden=empty(self.hidden.shape if needs.hidden else 0, dtype=self.hidden.dtype),
-            weight=empty(self.weight.shape if needs.weight else 0, dtype=gradient_dtype(self.weight.dtype)),
-            bias=empty(self.weight.shape[:1] if needs.bias else 0, dtype=gradient_dtype(bias.dtype)),
-        )
+        kinds = self._gradient_kinds(needs).items()
+        hidden = empty(self.hidden.shape if needs.hidden else 0, dtype=self.hidden.dtype)
+        return Gradients(hidden, **{name: empty(shape, dtype=dtype) for name, (shape, dtype) in kinds})
+
+    def _gradient_kinds(self, needs: Needs) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        """The shape and the dtype of the gradient of each tensor of the head."""
+        vocab, width = self.weight.shape
+        rank = 0 if self.adapter_a is None else self.adapter_a.shape[0]
+        kinds = zip(HEAD_TENSORS, ((vocab, width), (vocab,), (rank, width), (vocab, rank)), self.trainable)
+        return {
+            name: (shape if getattr(needs, name) else (0,), gradient_dtype((self.weight if x is None else x).dtype))
+            for name, shape, x in kinds
+        }
 
 
 @dataclass(frozen=True)
@@ -123,11 +146,16 @@ class Gradients:
     hidden: Tensor
     weight: Tensor
     bias: Tensor
+    adapter_a: Tensor
+    adapter_b: Tensor
+
+    def as_results(self) -> dict[str, Tensor]:
+        """The gradients by the names that they have in `LinearLoss`."""
+        return {f"{name}_gradient": gradient for name, gradient in vars(self).items()}
 
     def wanted(self, needs: dict[str, bool], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor | None]:
         """The needed gradients by name, each in the dtype of its tensor."""
-        gradients = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
-        return {name: gradient.to(dtypes[name]) for name, gradient in gradients.items() if needs[name]}
+        return {name: gradient.to(dtypes[name]) for name, gradient in vars(self).items() if needs[name]}
 
 
 def _without_autocast(function):
@@ -234,7 +262,7 @@ def linear_backward(call: LinearBackward) -> Gradients:
         # With gradients of entropies, the rows' gradients contain their coefficients already.
         factors = of_logps if of_entropies is None else torch.ones_like(of_logps)
         _scale_rows_(walked.hidden, rows.scatter(factors if divisor is None else factors * divisor))
-    return Gradients(walked.hidden, *walked.head.result(side.weight, side.bias, divisor))
+    return side.gradients(walked, divisor)
 
 
 @linear_backward.fake
@@ -254,8 +282,7 @@ def _save_tokens(call: LinearTokenLogps, result: LinearTokens) -> dict[str, Any]
     return {
         "formed": result.hidden_gradient if call.gradient else None,
         "hidden": side.hidden if again else None,
-        "weight": side.weight if again else None,
-        "bias": side.bias if again else None,
+        **{name: x if again else None for name, x in zip(HEAD_TENSORS, side.trainable)},
         "labels": side.labels,
         "cu_seqlens": side.cu_seqlens,
         "scored_lengths": side.scored_lengths if again else None,
@@ -264,6 +291,7 @@ def _save_tokens(call: LinearTokenLogps, result: LinearTokens) -> dict[str, Any]
             "chunking": replace(side.chunking, outputs=()),
             "dtype": side.dtype,
             "shard": side.shard,
+            "adapter_scaling": side.adapter_scaling,
         },
         "inplace_backward": call.inplace_backward,
     }
@@ -281,16 +309,16 @@ def _tokens_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dic
         return {"hidden": formed}
     if grad is None:
         grad = torch.zeros_like(entropy_grad)
-    tensors = ("hidden", "weight", "bias", "labels", "cu_seqlens", "scored_lengths")
+    tensors = ("hidden", *HEAD_TENSORS, "labels", "cu_seqlens", "scored_lengths")
     side = Projected(**{name: saved[name] for name in tensors}, **options)
-    needs = Needs(**{name: backward.needs[name] for name in ("hidden", "weight", "bias")})
+    needs = Needs(**{name: backward.needs[name] for name in _OF})
     gradients = linear_backward(LinearBackward(grad, entropy_grad, side, needs), numbers)
     return gradients.wanted(backward.needs, _dtypes(side))
 
 
 def _dtypes(side: Projected) -> dict[str, torch.dtype]:
-    tensors = {"hidden": side.hidden, "weight": side.weight, "bias": side.bias}
-    return {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    tensors = zip(_OF, (side.hidden, *side.trainable))
+    return {name: tensor.dtype for name, tensor in tensors if tensor is not None}
 
 
 # The whole loss ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -347,6 +375,8 @@ class LinearLoss:
     hidden_gradient: Tensor
     weight_gradient: Tensor
     bias_gradient: Tensor
+    adapter_a_gradient: Tensor
+    adapter_b_gradient: Tensor
 
 
 @functools.partial(Operator, reads_on_the_host=True)
@@ -371,22 +401,18 @@ def linear_kto(call: LinearKTO) -> LinearLoss:
     by_sequence = {"sequence_logps": logps, "rewards": rewards, "slopes": coefficients.slopes}
     if call.reordered:
         by_sequence = {name: halves(values) for name, values in by_sequence.items()}
-    weight_gradient, bias_gradient = walked.head.result(side.weight, side.bias, coefficients.divisor)
     return LinearLoss(
         loss=reference.reduce(losses, objective.reduction).to(reference.compute_dtype(side.dtype)),
         **by_sequence,
         row_slopes=rows.scatter(coefficients.row_slopes) if call.terms else logps.new_empty(0),
         **side.tokens(walked, rows),
-        hidden_gradient=walked.hidden,
-        weight_gradient=weight_gradient,
-        bias_gradient=bias_gradient,
+        **side.gradients(walked, coefficients.divisor).as_results(),
     )
 
 
 @linear_kto.fake
 def _(call: LinearKTO) -> LinearLoss:
     side, empty = call.side, functools.partial(torch.empty, device=call.side.hidden.device)
-    gradients = side.fake_gradients(call.needs)
     return LinearLoss(
         loss=empty((), dtype=reference.compute_dtype(side.dtype)),
         sequence_logps=empty(call.judged.desirable.shape, dtype=torch.float64),
@@ -394,9 +420,7 @@ def _(call: LinearKTO) -> LinearLoss:
         slopes=empty(call.judged.desirable.shape, dtype=torch.float64),
         row_slopes=empty(side.labels.shape if call.terms else 0, dtype=torch.float64),
         **side.fake_tokens(),
-        hidden_gradient=gradients.hidden,
-        weight_gradient=gradients.weight,
-        bias_gradient=gradients.bias,
+        **side.fake_gradients(call.needs).as_results(),
     )
 
 
@@ -410,9 +434,7 @@ def _save_loss(call: LinearKTO, result: LinearLoss) -> dict[str, Any]:
         "cu_seqlens": call.side.cu_seqlens,
         "slopes": result.slopes,
         "row_slopes": result.row_slopes if call.terms else None,
-        "hidden": result.hidden_gradient,
-        "weight": result.weight_gradient,
-        "bias": result.bias_gradient,
+        **{name: getattr(result, f"{name}_gradient") for name in _OF},
         "dtypes": _dtypes(call.side),
         "backend": call.side.scoring.backend,
         "inplace_backward": call.inplace_backward,
@@ -423,7 +445,7 @@ def _loss_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[
     backward.unspent(_HANDED_OVER)
     saved, _ = backward.saved()
     grad, needs, cu_seqlens = grads["loss"], backward.needs, saved["cu_seqlens"]
-    gradients = Gradients(**{name: _own(backward, saved[name], grad) for name in ("hidden", "weight", "bias")})
+    gradients = Gradients(**{name: _own(backward, saved[name], grad) for name in _OF})
     if needs["hidden"]:
         # A saturated sequence (slope 0) has gradient 0, even where the upstream gradient is not finite.
         slopes, rows = torch.where(saved["slopes"] == 0, 0.0, saved["slopes"] * grad), gradients.hidden.shape[:-1]
@@ -434,9 +456,9 @@ def _loss_gradient(backward: Backward, grads: dict[str, Tensor | None]) -> dict[
         if saved["row_slopes"] is not None:
             factors = torch.where(saved["row_slopes"] == 0, 0.0, factors * saved["row_slopes"])
         scale_rows_(ScaleRows(gradients.hidden, factors))
-    for gradient, needed in ((gradients.weight, needs["weight"]), (gradients.bias, needs["bias"])):
-        if needed:
-            scale_(Scaling(gradient, grad, saved["backend"]))
+    for name in HEAD_TENSORS:
+        if needs[name]:
+            scale_(Scaling(getattr(gradients, name), grad, saved["backend"]))
     return gradients.wanted(needs, saved["dtypes"])
 
 
@@ -487,6 +509,6 @@ def _through(call: LinearTokenLogps) -> tuple[str, ...]:
     return ("logps", "entropy") if entropy else ("logps",)
 
 
-_OF = ("hidden", "weight", "bias")
+_OF = ("hidden", *HEAD_TENSORS)
 linear_token_logps.autograd(of=_OF, through=_through, save=_save_tokens, backward=_tokens_gradient)
 linear_kto.autograd(of=_OF, through=lambda call: ("loss",), save=_save_loss, backward=_loss_gradient)

@@ -166,10 +166,18 @@ def test_gradients_are_handed_over_without_a_copy(factor):
     p = problem()
     mine = {"hidden": p.hidden.requires_grad_(), "weight": p.weight.requires_grad_()}
     mine["bias"] = p.tensors["bias"].requires_grad_()
-    out = linear_kto_loss(mine["hidden"], mine["weight"], p.labels, p.desirable, bias=mine["bias"], kl=0.0)
-    formed = [tensor.data_ptr() for tensor in out.loss.grad_fn.saved_tensors[-4:-1]]  # the last is the anchor
+    mine["adapter_a"], mine["adapter_b"] = (
+        torch.randn(shape, requires_grad=True) for shape in ((2, WIDTH), (VOCAB, 2))
+    )
+    adapter = (mine["adapter_a"], mine["adapter_b"], 0.5)
+    out = linear_kto_loss(
+        mine["hidden"], mine["weight"], p.labels, p.desirable, bias=mine["bias"], adapter=adapter, kl=0.0
+    )
+    node = out.loss.grad_fn
+    formed = {name: tensor.data_ptr() for name, tensor in zip(node.names, node.saved_tensors)}
     (factor * out.loss).backward()
-    assert [leaf.grad.data_ptr() for leaf in mine.values()] == formed
+    for name, leaf in mine.items():
+        assert leaf.grad.data_ptr() == formed[name], name
 
 
 def test_a_frozen_heads_gradient_is_handed_over_without_a_copy():

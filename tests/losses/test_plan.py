@@ -28,19 +28,19 @@ sequences = st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=12)
     ranks=st.booleans(),
     rows=st.integers(1, 60),
     long_sequences=st.sampled_from(["auto", "defer", "recompute"]),
-    needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    needs=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     known=st.booleans(),
 )
 def test_every_plan_covers_each_row_once_within_its_budget(sequences, ranks, rows, long_sequences, needs, known):
     """`sequences`: (length, whether it has tokens on other ranks, if there are any)."""
-    hidden, weight, bias = needs
+    hidden, weight, bias, adapter = needs
     known = known and any(needs)
-    bound = (weight or bias) and not known
+    bound = (weight or bias or adapter) and not known
     lengths = [length for length, _ in sequences]
     elsewhere = {i for i, (length, is_open) in enumerate(sequences) if ranks and is_open and length}
     p = plan(
         lengths, rows, needs_hidden=hidden, needs_weight=weight, needs_bias=bias, known_coefficients=known,
-        long_sequences=long_sequences, balance=2, open_sequences=[i in elsewhere for i in range(len(lengths))] if ranks else None,
+        adapter_rank=int(adapter), long_sequences=long_sequences, balance=2, open_sequences=[i in elsewhere for i in range(len(lengths))] if ranks else None,
     )  # fmt: skip
     total, ends = sum(lengths), [sum(lengths[: i + 1]) for i in range(len(lengths))]
     scored, formed = [0] * total, [0] * total
@@ -93,15 +93,19 @@ def test_every_plan_covers_each_row_once_within_its_budget(sequences, ranks, row
     assert not apart
     assert exchanged == (bound and ranks)
     assert all(count == 1 for count in scored)
-    assert all(count == int(any(needs)) for count in formed if hidden or weight or bias)
+    assert all(count == int(any(needs)) for count in formed if any(needs))
     extra = sum(chunk.rows for chunk in p.chunks) - total
-    assert p.gemm_units * total == pytest.approx(total * (1 + hidden + weight) + extra)
+    if not adapter:
+        assert p.gemm_units * total == pytest.approx(total * (1 + hidden + weight) + extra)
     spread = sum(lengths[i] for i in elsewhere)
-    if long_sequences == "defer" or not bound:
+    if long_sequences == "defer" or not bound or (long_sequences == "auto" and not weight):
         assert extra == 0
     else:
         alone = sum(max(0, length - rows) for i, length in enumerate(lengths) if i not in elsewhere)
         assert extra <= alone + max(0, spread - rows)
+    if adapter:
+        sums = p.bytes["adapter gradient"] + p.bytes.get("deferred adapter gradient", 0)
+        assert sums == heads * 4 * (V + H)
     if weight:
         assert p.bytes["weight gradient"] + p.bytes.get("deferred weight gradient", 0) == heads * 4 * V * H
     late = [i for i, _ in p.deferred] + [i for i, _ in p.recomputed]
@@ -111,7 +115,7 @@ def test_every_plan_covers_each_row_once_within_its_budget(sequences, ranks, row
     )
     if not bound or spread <= rows:
         assert not set(late) & elsewhere
-    if long_sequences == "auto":
+    if long_sequences == "auto" and weight:
         assert len({i for i, _ in p.deferred} & elsewhere) <= 1
 
 

@@ -223,16 +223,17 @@ def check_linear(
     return out
 
 
-def gemm_flops(run) -> int:
-    """FLOPs of the matrix products that PyTorch really ran, by the profiler's record of their shapes."""
+def gemm_flops(run, *widths: int) -> int:
+    """FLOPs of the matrix products that PyTorch really ran, by the profiler's record of their shapes. One dimension of
+    such a product is the width of a head or among `widths`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         run()
     total = 0
     for event in profile.events():
-        if event.name not in ("aten::mm", "aten::addmm"):
+        if event.name not in ("aten::mm", "aten::addmm", "aten::addmm_"):
             continue
         (m, k), (k_, n) = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
         assert k == k_
-        if WIDTH in (m, n, k) or WIDTH + 8 in (m, n, k):  # a bias gradient is a vector's product
+        if {WIDTH, WIDTH + 8, *widths} & {m, n, k}:  # a bias gradient is a vector's product
             total += 2 * m * n * k
     return total
