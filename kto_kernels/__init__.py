@@ -8,7 +8,7 @@ from ._version import __version__
 from .backends import available_backends
 from .linear.plan import LinearPlan
 from .loss import kto_loss, linear_kto_loss
-from .modules import KTOLoss, LinearKTOLoss
+from .modules import KTOLoss, LinearKTOLoss, LinearPreferenceLoss, PreferenceLoss
 from .output import KTOOutput
 from .preference import linear_preference_loss, preference_loss
 from .stages import kl_reference_point, kto_loss_from_logps, linear_token_logps, sequence_logps, token_logps
@@ -18,6 +18,8 @@ __all__ = [
     "KTOOutput",
     "LinearKTOLoss",
     "LinearPlan",
+    "LinearPreferenceLoss",
+    "PreferenceLoss",
     "__version__",
     "available_backends",
     "kl_reference_point",

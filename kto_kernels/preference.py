@@ -381,16 +381,35 @@ def linear_preference_loss(
     return engine.run(engine.agree(inputs, scoring, options, chunking, ranks, vocab, preference=preference))
 
 
+def checked(objective: object, pairs: object, humanline: object) -> Preference:
+    """The loss of a call, checked as far as it can be without the call's tensors."""
+    if not isinstance(objective, (Unpaired, Paired)):
+        raise TypeError(f"objective: expected a record of kto_kernels.objectives, got {type(objective).__name__}")
+    checks.choice("pairs", pairs, get_args(Pairs))
+    if humanline is None:
+        return Preference(objective, pairs)
+    if not isinstance(humanline, (tuple, list)) or len(humanline) != 2:
+        raise TypeError(f"humanline: expected two numbers (log ε_P, log ε_R), got {humanline!r}")
+    for bound in humanline:
+        checks.scalar("humanline", bound)
+    lower, upper = map(float, humanline)
+    if not lower < upper:
+        raise ValueError(f"humanline: expected bounds of which the first is smaller, got ({lower}, {upper})")
+    if objective.reference_free:
+        name = type(objective).__name__
+        raise ValueError(f"humanline: clips log-ratios to a reference, and {name} is reference-free by its definition")
+    return Preference(objective, pairs, Clip(lower, upper))
+
+
 def _judging(
-    inputs: Inputs, ranks: Ranks, objective: object, pairs: Pairs, humanline: object, reduction: Reduction
+    inputs: Inputs, ranks: Ranks, objective: Unpaired | Paired, pairs: Pairs, humanline: object, reduction: Reduction
 ) -> tuple[Inputs, Objective, Preference | None]:
     """Checks what a loss allows. Returns the inputs, with chosen sequences as desirable ones, the options of a KTO
     loss, and the loss, None where it is a KTO loss as `kto_loss` has it."""
-    if not isinstance(objective, (Unpaired, Paired)):
-        raise TypeError(f"objective: expected a record of kto_kernels.objectives, got {type(objective).__name__}")
-    name = type(objective).__name__
-    checks.choice("pairs", pairs, get_args(Pairs))
-    clip = None if humanline is None else _clip(humanline, inputs, name, objective.reference_free)
+    preference, name = checked(objective, pairs, humanline), type(objective).__name__
+    clip = preference.humanline
+    if clip is not None:
+        _check_tokens(inputs)
     references = {f"ref_{inputs.kind}": inputs.ref}
     references |= {"ref_logps": inputs.ref_logps, "ref_token_logps": inputs.ref_token_logps}
     sources = {f"{side}_{what}": getattr(inputs, field) for side in ("kl", "ref_kl") for what, field in
@@ -418,26 +437,16 @@ def _judging(
         numbers = (objective.beta, objective.desirable_weight, objective.undesirable_weight)
         return inputs, Objective(*numbers, average, reduction, loss_type), None
     options = Objective(average_log_prob=average, reduction=reduction, loss_type=loss_type)
-    return inputs, options, Preference(objective, pairs, clip)
+    return inputs, options, preference
 
 
-def _clip(humanline: object, inputs: Inputs, name: str, reference_free: bool) -> Clip:
-    """The checked bounds of token log-ratios."""
-    if not isinstance(humanline, (tuple, list)) or len(humanline) != 2:
-        raise TypeError(f"humanline: expected two numbers (log ε_P, log ε_R), got {humanline!r}")
-    for bound in humanline:
-        checks.scalar("humanline", bound)
-    lower, upper = map(float, humanline)
-    if not lower < upper:
-        raise ValueError(f"humanline: expected bounds of which the first is smaller, got ({lower}, {upper})")
-    if reference_free:
-        raise ValueError(f"humanline: clips log-ratios to a reference, and {name} is reference-free by its definition")
+def _check_tokens(inputs: Inputs) -> None:
+    """Checks that the log-ratios to be clipped are known by token."""
     if inputs.ref is None and inputs.ref_token_logps is None:
         raise ValueError(f"humanline: needs the reference's tokens, in ref_{inputs.kind} or ref_token_logps")
     for argument in ("kl_logps", "ref_kl_logps"):
         if getattr(inputs, argument) is not None:
             raise ValueError(f"{argument}: is a sum, and humanline clips tokens; see kl_{inputs.kind} and kl")
-    return Clip(lower, upper)
 
 
 def _with_pairs(inputs: Inputs, pairs: Pairs) -> Inputs:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, relu
 
-from kto_kernels import kto_loss, linear_kto_loss, linear_preference_loss, objectives, preference_loss, reference
+from kto_kernels import (
+    LinearPreferenceLoss,
+    PreferenceLoss,
+    kto_loss,
+    linear_kto_loss,
+    linear_preference_loss,
+    objectives,
+    preference_loss,
+    reference,
+)
 from kto_kernels.objectives import (
     BCO,
     CPO,
@@ -387,6 +396,30 @@ def test_bad_input_is_an_error_that_names_the_argument(objective, arguments, err
         hidden = arguments.pop("logits")
         with pytest.raises(error, match=message.replace("logits", "hidden")):
             linear_preference_loss(hidden, torch.zeros(7, 5), objective=objective, **arguments)
+
+
+def test_modules_check_their_options_and_equal_their_functions():
+    example = Example.made()
+    given = {"ref_logps": example.ref_logps}
+    module, linear = PreferenceLoss(DPO(0.3)), LinearPreferenceLoss(DPO(0.3), pairs="interleaved")
+    assert (
+        module(example.logits, example.labels, **given).loss
+        == preference_loss(example.logits, example.labels, DPO(0.3), **given).loss
+    )
+    assert (
+        linear(example.hidden, example.weight, example.labels, **given).loss
+        == linear_preference_loss(
+            example.hidden, example.weight, example.labels, DPO(0.3), pairs="interleaved", **given
+        ).loss
+    )
+    for made, error, message in (
+        (lambda: PreferenceLoss("dpo"), TypeError, "objective: expected a record"),
+        (lambda: LinearPreferenceLoss(DPO(), pairs="thirds"), ValueError, "pairs: expected one of"),
+        (lambda: PreferenceLoss(SimPO(), humanline=(-1.0, 1.5)), ValueError, "humanline: clips log-ratios"),
+        (lambda: PreferenceLoss(DPO(), reduction="max"), ValueError, "reduction: expected one of"),
+    ):
+        with pytest.raises(error, match=message):
+            made()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,15 @@ def test_signatures_of_the_contract(name):
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-@pytest.mark.parametrize("module, function", [("KTOLoss", "kto_loss"), ("LinearKTOLoss", "linear_kto_loss")])
+MODULES = {
+    "KTOLoss": "kto_loss",
+    "LinearKTOLoss": "linear_kto_loss",
+    "PreferenceLoss": "preference_loss",
+    "LinearPreferenceLoss": "linear_preference_loss",
+}
+
+
+@pytest.mark.parametrize("module, function", MODULES.items())
 def test_a_module_takes_what_its_function_takes(module, function):
     """Each parameter once, with its default: an option at construction, a tensor at call, where it arrives."""
     from kto_kernels import modules
@@ -107,7 +115,8 @@ def test_a_module_takes_what_its_function_takes(module, function):
     sides = [list(inspect.signature(f).parameters.values())[1:] for f in (cls.__init__, cls.forward)]
     expected = list(inspect.signature(getattr(kto_kernels, function)).parameters.values())
     assert sorted(map(str, sides[0] + sides[1])) == sorted(map(str, expected))
-    tensors, loss = {p.name: object() for p in sides[1]}, cls()
+    tensors = {p.name: object() for p in sides[1]}
+    loss = cls(kto_kernels.objectives.DPO()) if "Preference" in module else cls()
     with mock.patch.object(modules, function, autospec=True) as called:
         loss(**tensors)
     arguments = inspect.signature(called).bind(*called.call_args.args, **called.call_args.kwargs).arguments

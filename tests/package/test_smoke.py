@@ -13,6 +13,8 @@ from kto_kernels import (
     KTOLoss,
     LinearKTOLoss,
     LinearPlan,
+    LinearPreferenceLoss,
+    PreferenceLoss,
     available_backends,
     kl_reference_point,
     kto_loss,
@@ -99,6 +101,18 @@ CALLS = {
             linear_preference_loss(
                 **pick(g, "hidden", "weight", "labels", "desirable"), objective=objectives.BCO(), **backend
             ).loss
+        ),
+    ),
+    "PreferenceLoss": (
+        ("logits",),
+        lambda g, **backend: (
+            PreferenceLoss(objectives.BCO(), **backend)(**pick(g, "logits", "labels", "desirable")).loss
+        ),
+    ),
+    "LinearPreferenceLoss": (
+        ("hidden", "weight"),
+        lambda g, **backend: (
+            LinearPreferenceLoss(objectives.BCO(), **backend)(**pick(g, "hidden", "weight", "labels", "desirable")).loss
         ),
     ),
     "kto_loss_from_logps": (("logps",), lambda g: kto_loss_from_logps(g["logps"].sum(-1), g["desirable"], kl=0.3).loss),
