@@ -94,8 +94,9 @@ class FusedKTOTrainer(FusedTrainer, KTOTrainer):
         *args: the positional arguments of KTOTrainer.
         verify: True: on the first batch, log-probabilities from the logits of the model's own forward are compared with
             the fused head's, for at most 64 tokens, for the policy and for a reference model: two small forwards of
-            each, once. "full": in addition, the loss of the first batch is compared with the one that TRL computes.
-            False: nothing is compared.
+            each, once. And the loss whose gradient is taken is compared with TRL's formula, which is logged, on the
+            same log-probabilities. "full": in addition, the loss of the first batch is compared with the one that TRL
+            computes by TRL's own functions. False: nothing is compared.
         **kwargs: the keyword arguments of KTOTrainer.
 
     Raises:

@@ -103,7 +103,16 @@ class Policy:
         return (self.labels[:, 1:] != -100).sum(-1)
 
     def apply(
-        self, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """Replaces `ChunkedLogProbFunction.apply`, whose arguments it has: computes the loss and the gradients of it
         where the logits are.

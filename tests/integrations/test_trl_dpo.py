@@ -103,7 +103,6 @@ OPTIONS = {
     "accumulation": {"gradient_accumulation_steps": 2, "steps": 5},
     "checkpointing": {"gradient_checkpointing": True},
     "adam, clipped": {"optim": "adamw_torch", "max_grad_norm": 0.1, "learning_rate": 1e-3},
-    "padding free, which TRL ignores": {"padding_free": True, "steps": 3},
     "frozen head": {"head": lambda model: model.lm_head.requires_grad_(False)},
     "LoRA": {"ref": False, "peft": lora},
     "LoRA and precomputed": {"ref": False, "peft": lora, "precompute_ref_log_probs": True},
