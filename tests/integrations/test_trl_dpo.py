@@ -15,7 +15,7 @@ import transformers
 import trl
 from datasets import Dataset
 
-from kto_kernels.integrations import trl_dpo
+from kto_kernels.integrations import trl_dpo, trl_scoring
 from kto_kernels.integrations.trl import FusedDPOTrainer
 from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, pairs, train
 
@@ -178,6 +178,34 @@ def test_a_loss_of_ours_that_is_not_trls_is_an_error(tokenizer, tmp_path, monkey
     assert other[1][0]["loss"] == plain[1][0]["loss"]
     with pytest.raises(AssertionError):
         assert_same_training(plain, other)
+
+
+@pytest.mark.parametrize("precomputed", [False, True], ids=["", "precomputed"])
+def test_nothing_is_scored_by_trls_function(precomputed, tokenizer, tmp_path, monkeypatch):
+    """Neither policy nor reference, also where TRL's formula is differentiated."""
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", None)
+    options = {"rows": functools.partial(pairs, unprompted=True), "precompute_ref_log_probs": precomputed, "steps": 2}
+    run(FusedDPOTrainer, MODELS["qwen2"], tokenizer, tmp_path, loss_type="ipo", **options)
+
+
+@pytest.mark.parametrize("precomputed", [False, True], ids=["", "precomputed"])
+@pytest.mark.parametrize("policy", [torch.bfloat16, torch.float32], ids=["bf16 policy", "fp32 policy"])
+def test_a_reference_of_another_dtype_is_scored_in_the_policys(policy, precomputed, tokenizer, tmp_path, monkeypatch):
+    other = torch.float32 if policy == torch.bfloat16 else torch.bfloat16
+    seen, function = [], trl_scoring.ChunkedLogProbFunction
+    apply = function.apply
+    monkeypatch.setattr(
+        function, "apply", staticmethod(lambda h, w, *args: seen.append((h.dtype, w.dtype)) or apply(h, w, *args))
+    )
+    dtypes = iter((policy, other))  # of the model, then of the reference
+    options = {"precompute_ref_log_probs": precomputed, "steps": 1}
+    # Other rows for either: TRL caches what it has precomputed for the same rows and reference.
+    few = functools.partial(pairs, unprompted=policy == torch.bfloat16)
+    unverified = functools.partial(FusedDPOTrainer, verify=False)
+    run(unverified, lambda: MODELS["llama"]().to(next(dtypes)), tokenizer, tmp_path, rows=few, **options)
+    scored = [hidden for hidden, weight in seen if weight == other]
+    # 40 rows and 8 of evaluation; or one step and two of evaluation.
+    assert scored == [policy] * (12 if precomputed else 3)
 
 
 # Refused ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
