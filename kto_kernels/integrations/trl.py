@@ -107,6 +107,7 @@ class FusedKTOTrainer(FusedTrainer, KTOTrainer):
             the head is no matrix of floats: it is quantized, or has several layers.
     """
 
+    _CALLER: ClassVar[str] = "FusedKTOTrainer"
     _THEIRS: ClassVar[ModuleType] = kto_trainer
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):

@@ -147,15 +147,18 @@ class FusedDPOTrainer(FusedTrainer, DPOTrainer):
             or the data set has images. The message names it.
     """
 
+    _CALLER: ClassVar[str] = "FusedDPOTrainer"
     _THEIRS: ClassVar[ModuleType] = dpo_trainer
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
+        super().__init__(*args, verify=verify, **kwargs)
+
+    def _check_arguments(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         if given.get("args") is not None:
             _check_options(given["args"])
         if given.get("train_dataset") is not None:
             _check_dataset(given["train_dataset"])
-        super().__init__(*args, verify=verify, **kwargs)
 
     def _objective(self) -> Paired:
         return objective_of(self.loss_types, self.loss_weights, self.beta, self.label_smoothing)

@@ -90,7 +90,10 @@ class Policy:
         loss: Callable[..., KTOOutput] | None,
         kl_logps: Tensor | None = None,
     ):
-        self.model, self.labels, self.compute, self.kl_logps = model, labels, loss, kl_logps
+        self.model = model
+        self.labels = labels
+        self.compute = loss
+        self.kl_logps = kl_logps
         # Of the forward: the loss with the model's outputs that go into TRL's, and a 0 that carries the loss's gradient.
         self.loss: Tensor | None = None
         self.logps: Tensor | None = None  # (B,)
@@ -169,7 +172,7 @@ class Policy:
 
 class FusedTrainer(_Trainer):
     """The first base of a fused trainer; the second one is TRL's trainer. A subclass defines the members
-    that raise NotImplementedError here, and `_THEIRS`.
+    that raise NotImplementedError here, `_CALLER` and `_THEIRS`.
 
     Args:
         *args: the positional arguments of TRL's trainer.
@@ -181,18 +184,22 @@ class FusedTrainer(_Trainer):
         ValueError: as for `FusedKTOTrainer`.
     """
 
+    _CALLER: ClassVar[str]  # the trainer's name, for messages
     _THEIRS: ClassVar[ModuleType]  # the module of TRL's trainer
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
-        caller = f"Fused{self._name}Trainer"  # of TRL's names "KTO", "DPO"
-        check_trl(caller)
+        check_trl(self._CALLER)
         if verify not in (True, False, "full"):
             raise ValueError(f"verify: expected True, False or 'full', got {verify!r}")
+        self._check_arguments(*args, **kwargs)
         self._formula_check_is_due, self._full_check_is_due = bool(verify), verify == "full"
         self._policy_scores, self._dtype_known_for = InDtypeOf(), None
-        head = functools.partial(add_fused_lm_head, verify=bool(verify), caller=caller)
+        head = functools.partial(add_fused_lm_head, verify=bool(verify), caller=self._CALLER)
         with mock.patch.object(self._THEIRS, "add_fused_lm_head", head):
             super().__init__(*args, **kwargs)
+
+    def _check_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses arguments of TRL's trainer that cannot be honoured, before any work."""
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """The reference's log-probabilities of a batch. TRL calls it for `precompute_ref_log_probs`, also in its

@@ -79,6 +79,7 @@ def test_weighted_sums_of_losses_train_as_under_trl(case, tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, mine=FULL, **SUMS[case])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
 def test_models_train_as_under_trl(name, tokenizer, tmp_path):
     _, (_, history) = both(MODELS[name], tokenizer, tmp_path)
@@ -119,6 +120,7 @@ def test_options_train_as_under_trl(case, tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, **options)
 
 
+@pytest.mark.wide
 def test_the_reference_in_an_adapter_of_its_own(tokenizer, tmp_path):
     """TRL keeps the adapter that a PEFT model comes with as one called ref."""
     peft = pytest.importorskip("peft")
@@ -157,6 +159,7 @@ def test_a_beta_that_changes_while_training(tokenizer, tmp_path):
     assert_same_training(*runs)
 
 
+@pytest.mark.wide
 def test_compute_metrics_gets_trls_logits(tokenizer, tmp_path):
     def compute_metrics(prediction):
         logits, ids = prediction.predictions, prediction.label_ids
@@ -178,6 +181,15 @@ def test_a_loss_of_ours_that_is_not_trls_is_an_error(tokenizer, tmp_path, monkey
     assert other[1][0]["loss"] == plain[1][0]["loss"]
     with pytest.raises(AssertionError):
         assert_same_training(plain, other)
+
+
+def test_full_compares_with_the_loss_that_trl_computes_by_itself(tokenizer, tmp_path, monkeypatch):
+    """A reference of ours that is wrong: both formulas are given it."""
+    monkeypatch.setattr(FusedDPOTrainer, "_sequence_logps", lambda self, model, batch, labels: torch.zeros(len(labels)))
+    arguments = (MODELS["gemma2"], tokenizer, tmp_path)
+    run(FusedDPOTrainer, *arguments, steps=1)
+    with pytest.raises(RuntimeError, match=r"the loss of the first batch is .* and .* as the trainer that it replaces"):
+        run(FULL, *arguments, steps=1)
 
 
 @pytest.mark.parametrize("precomputed", [False, True], ids=["", "precomputed"])
