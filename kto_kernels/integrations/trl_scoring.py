@@ -65,9 +65,7 @@ class ChunkedLogProbFunction:
         weight, bias = dtensor.heads(None, weight=weight, bias=bias)
         checks.head(hidden, weight, bias)
         checks.hidden_rows(hidden, targets, None, packed=False)
-        if torch.is_grad_enabled() and hasattr(weight, "ds_id"):
-            # Our backward computes logits again, but DeepSpeed's ZeRO-3 frees the gathered weight after the forward.
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        weight, bias = kept_for_backward(weight, bias)
         scale = (float(logit_scale), final_logit_softcapping, float(temperature))
         wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
         inputs = Inputs("hidden", hidden, targets, weight=weight, bias=bias)
@@ -78,6 +76,22 @@ class ChunkedLogProbFunction:
             squares = _log_sum_sq_probs(hidden, weight, bias, scale)
         named = found | {"log_sum_sq_probs": squares}
         return found["logps"], *(named[name] if name in outputs else None for name in OUTPUTS)
+
+
+def kept_for_backward(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The head for a backward that computes logits again: DeepSpeed's ZeRO-3 frees the gathered head after the forward,
+    so that a copy of it is kept.
+
+    Args:
+        weight: (V, H) floating, the head's weight.
+        bias: (V,) floating, the head's bias. None: the head has none.
+
+    Returns:
+        Weight and bias: copies under ZeRO-3 where gradients are enabled, else what was given.
+    """
+    if torch.is_grad_enabled() and hasattr(weight, "ds_id"):
+        return weight.clone(), None if bias is None else bias.clone()
+    return weight, bias
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 import trl
 from datasets import Dataset
 
-from kto_kernels import linear_token_logps
+from kto_kernels import linear_kto_loss, linear_token_logps
 from kto_kernels.integrations import trl as ours
-from kto_kernels.integrations.trl import FusedKTOTrainer, patch_trl, unpatch_trl
+from kto_kernels.integrations import trl_trainer
+from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch_trl, unpatch_trl
 from tests.support.trl_harness import MODELS, SIZE, assert_same_training, make_tokenizer, rows, train
 
 
@@ -183,6 +184,15 @@ def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
         train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))
 
 
+def test_a_loss_of_ours_that_is_not_trls_is_an_error(tokenizer, tmp_path, monkeypatch):
+    """TRL's formula makes the value that is logged, and ours the gradient: the first batch compares the two."""
+    monkeypatch.setattr(
+        ours, "linear_kto_loss", lambda *args, beta, **kw: linear_kto_loss(*args, beta=1.01 * beta, **kw)
+    )
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM: the loss of the first batch is"):
+        train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, steps=1)
+
+
 def test_the_head_costs_three_units_and_the_others_one(tokenizer, tmp_path, monkeypatch):
     """Through our operators alone, and never with rows that nothing scores."""
     from torch.utils import flop_counter
@@ -261,9 +271,12 @@ def test_patch_trl_is_undone_and_may_be_repeated():
 
 
 def test_an_unknown_trl_is_an_error(monkeypatch):
-    monkeypatch.setattr(ours, "version", lambda _: "trl 2.0.0")
+    monkeypatch.setattr(trl_trainer, "version", lambda _: "trl 2.0.0")
     with pytest.raises(RuntimeError, match=r"patch_trl: written for TRL 1\.16, found trl 2\.0\.0"):
         patch_trl()
+    for trainer in (FusedKTOTrainer, FusedDPOTrainer):
+        with pytest.raises(RuntimeError, match=rf"{trainer.__name__}: written for TRL 1\.16, found trl 2\.0\.0"):
+            trainer(args=object())
 
 
 def test_rows_sums_are_as_near_to_fp64_as_trls():

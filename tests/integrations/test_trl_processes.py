@@ -1,4 +1,4 @@
-"""`FusedKTOTrainer` on two processes over gloo. DDP: both end with the same parameters, which are those of TRL's own
+"""`FusedKTOTrainer` and `FusedDPOTrainer` on two processes over gloo. DDP: both end with the same parameters, which are those of TRL's own
 trainer on two processes, and of one process that is given both their batches. FSDP2: the same as DDP."""
 
 import contextlib
@@ -21,9 +21,9 @@ import accelerate
 import trl
 from accelerate.state import AcceleratorState, DistributedType
 
-from kto_kernels.integrations.trl import FusedKTOTrainer
+from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer
 from tests.support.rank_pool import leave
-from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, rows, train
+from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, pairs, rows, train
 
 SECONDS = 300  # without a result: the processes wait for each other
 
@@ -59,6 +59,8 @@ CASES = {
     "adapter": {"ref": False, "peft": lora},
     "unused parameter": {"make": with_an_unused_parameter, "ddp_find_unused_parameters": True},
     "one-sided batches": {"labels": ONE_SIDED * 5},
+    # The mean over tokens of "sft" is each process's own.
+    "dpo": {"rows": pairs, "make_args": trl.DPOConfig, "loss_type": ["ipo", "sft"], "loss_weights": [0.01, 1.0]},
 }
 # The case, and which modules accelerate wraps by themselves: with `Linear` the head is one of them, and still sharded
 # when the fused head asks for its weight.
@@ -66,11 +68,17 @@ FSDP2 = {
     "FSDP2": ("kto", "LlamaDecoderLayer"),
     "FSDP2, head by itself": ("kto", "Linear"),
     "FSDP2, adapter": ("adapter", "LlamaDecoderLayer"),
+    "FSDP2, dpo": ("dpo", "LlamaDecoderLayer"),
+    "FSDP2, dpo, head by itself": ("dpo", "Linear"),
 }
 
 
 def beta_of(case):
     return CASES[case].get("beta", 1.0)
+
+
+def trainers(case):
+    return (trl.DPOTrainer, FusedDPOTrainer) if case == "dpo" else (trl.KTOTrainer, FusedKTOTrainer)
 
 
 def run(cls, case, path, **more):
@@ -112,7 +120,7 @@ def process(rank: int, port: int, folder: Path, cases: list[str], sharded: list[
     torch.set_num_threads(1)
     gc.freeze()  # trainers collect garbage, which what was imported is not
     for case in cases:
-        for cls in (trl.KTOTrainer, FusedKTOTrainer):
+        for cls in trainers(case):
             result = run(cls, case, folder, ddp_backend="gloo")
             assert torch.distributed.get_world_size() == 2
             torch.save(result, folder / f"{case} {cls.__name__} {rank}")
@@ -120,7 +128,7 @@ def process(rank: int, port: int, folder: Path, cases: list[str], sharded: list[
         case, module = FSDP2[how]
         config = {"version": 2, "transformer_layer_cls_to_wrap": [module]}
         with fsdp_on_a_cpu():
-            result = run(FusedKTOTrainer, case, folder, ddp_backend="gloo", fsdp=True, fsdp_config=config)
+            result = run(trainers(case)[1], case, folder, ddp_backend="gloo", fsdp=True, fsdp_config=config)
         torch.save(result, folder / f"{case} {how} {rank}")
     leave()
 
@@ -139,7 +147,7 @@ def in_two_processes(folder, cases, sharded):
             for child in context.processes:
                 child.kill()
             pytest.fail(f"nothing new for {SECONDS} s; done: {done}")
-    return lambda case, trainer, rank: torch.load(folder / f"{case} {trainer} {rank}", weights_only=True)
+    return lambda case, how, rank: torch.load(folder / f"{case} {how} {rank}", weights_only=True)
 
 
 # The two processes import the trainers before they train, so that many cases cost little more than one.
@@ -157,17 +165,18 @@ def test_two_processes_end_as_trls_two_and_as_one_with_both_batches(cases, shard
     trained = in_two_processes(tmp_path, cases, sharded)
     for case in cases:
         with subtests.test(case):
-            mine, other = (trained(case, "FusedKTOTrainer", rank) for rank in (0, 1))
+            theirs, ours = (cls.__name__ for cls in trainers(case))
+            mine, other = (trained(case, ours, rank) for rank in (0, 1))
             for name, parameter in mine[0].items():
                 assert torch.equal(other[0][name], parameter), name
-            assert_same_training(trained(case, "KTOTrainer", 0), mine, beta=beta_of(case))
+            assert_same_training(trained(case, theirs, 0), mine, beta=beta_of(case))
 
     for how in sharded:
         case, _ = FSDP2[how]
         with subtests.test(how):
             for rank in (0, 1):
                 found = trained(case, how, rank)
-                assert_same_training(trained(case, "FusedKTOTrainer", 0), found, beta=beta_of(case))
+                assert_same_training(trained(case, trainers(case)[1].__name__, 0), found, beta=beta_of(case))
 
     for case in [case for case in ("kto", "apo") if case in cases]:
         with subtests.test(f"{case}, one process with both batches"):

@@ -2,6 +2,7 @@
 versions of TRL too (tests/versions)."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,6 +66,22 @@ def rows(count: int, labels=None) -> Dataset:
     )
 
 
+def pairs(count: int, labels=None, unprompted=False) -> Dataset:
+    """Each row's completion as the chosen one, and the next row's as the rejected one. Every third pair has no prompt if
+    `unprompted`."""
+    texts = list(rows(count + 1))
+    return Dataset.from_list(
+        [
+            {
+                "prompt": "" if unprompted and i % 3 == 0 else own["prompt"],
+                "chosen": own["completion"],
+                "rejected": other["completion"],
+            }
+            for i, (own, other) in enumerate(pairwise(texts))
+        ]
+    )
+
+
 def train(
     cls,
     make,
@@ -74,6 +91,7 @@ def train(
     steps=10,
     labels=None,
     rows=rows,
+    make_args=trl.KTOConfig,
     ref=True,
     peft=None,
     head=None,
@@ -113,7 +131,7 @@ def train(
     trainer = cls(
         model,
         ref_model=ref_model,
-        args=trl.KTOConfig(output_dir=str(tmp_path), **settings),
+        args=make_args(output_dir=str(tmp_path), **settings),
         train_dataset=rows(40, labels),
         eval_dataset=rows(8),
         processing_class=tokenizer,
