@@ -32,7 +32,15 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 
 from . import verify as verification  # noqa: E402
 from .trl_head import add_fused_lm_head, add_unverified, rounding  # noqa: E402
-from .trl_scoring import AROUND, OUTPUTS, ChunkedLogProbFunction, InDtypeOf, scored_by, scored_by_trl  # noqa: E402
+from .trl_scoring import (  # noqa: E402
+    AROUND,
+    OUTPUTS,
+    ChunkedLogProbFunction,
+    InDtypeOf,
+    current_adapter,
+    scored_by,
+    scored_by_trl,
+)
 
 _KNOWN = "1.16"
 _log: list = []
@@ -119,6 +127,7 @@ class _Request:
             targets,
             self.desirable,
             bias=bias,
+            adapter=current_adapter(),
             cu_seqlens=self.cu_seqlens,
             ref_logps=self.ref_logps,
             kl=self.kl,
@@ -189,6 +198,9 @@ class FusedKTOTrainer(KTOTrainer):
     The log-probabilities of reference and KL are computed before the policy's forward instead of after it, and the head
     multiplies only the completions' tokens, on a CPU too.
 
+    A LoRA adapter may be on the head (`lm_head` among its `target_modules`), which TRL refuses: its matrices are trained
+    at the cost of a frozen head. Its dropout must be 0.
+
     Reference and KL are scored in the same dtype as the policy, whatever dtype a reference model has: in autocast's
     dtype where autocast is on, else in the dtype of the policy's hidden states.
 
@@ -204,8 +216,9 @@ class FusedKTOTrainer(KTOTrainer):
         RuntimeError: the installed TRL is not of a known version. On the first batch, on all ranks: what `verify`
             compares differs by more than rounding explains (see `verify.compare`), for instance because the head does
             more than multiply.
-        ValueError: TRL's own checks fail; or an adapter is on the head itself, which a fused head would not apply; or
-            the head is no matrix of floats: it is quantized, or has several layers.
+        ValueError: TRL's own checks fail; or the head is no matrix of floats: it is quantized, or has several layers; or
+            an adapter is on the head that a fused head cannot apply: one with dropout, on a head that is tied to the
+            input embeddings, or of another kind than LoRA; or `verify` is "full" with an adapter on the head.
     """
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
@@ -216,7 +229,9 @@ class FusedKTOTrainer(KTOTrainer):
         self._policy_scores, self._dtype_known_for = InDtypeOf(), None
         self._known_kl_logps: tuple[Any, Tensor | None] | None = None
         head = functools.partial(add_fused_lm_head, verify=bool(verify), caller="FusedKTOTrainer")
-        with mock.patch.object(kto_trainer, "add_fused_lm_head", head):
+        # TRL asks with `isinstance` whether an adapter is on the head, and refuses it.
+        ours = {"add_fused_lm_head": head, "BaseTunerLayer": ()}
+        with mock.patch.multiple(kto_trainer, create=True, **ours):
             super().__init__(*args, **kwargs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:

@@ -178,11 +178,6 @@ def test_compute_metrics_gets_trls_logits(tokenizer, tmp_path):
     assert {"eval_agree", "eval_spread"} <= set(history[-1])
 
 
-def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported.*target_modules"):
-        train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))
-
-
 def test_the_head_costs_three_units_and_the_others_one(tokenizer, tmp_path, monkeypatch):
     """Through our operators alone, and never with rows that nothing scores."""
     from torch.utils import flop_counter
