@@ -87,6 +87,9 @@ class FusedKTOTrainer(FusedTrainer, KTOTrainer):
     The log-probabilities of reference and KL are computed before the policy's forward instead of after it, and the head
     multiplies only the completions' tokens, on a CPU too.
 
+    A LoRA adapter may be on the head (`lm_head` among its `target_modules`), which TRL refuses: its matrices are trained
+    at the cost of a frozen head. Its dropout must be 0.
+
     Reference and KL are scored in the same dtype as the policy, whatever dtype a reference model has: in autocast's
     dtype where autocast is on, else in the dtype of the policy's hidden states.
 
@@ -103,8 +106,9 @@ class FusedKTOTrainer(FusedTrainer, KTOTrainer):
         RuntimeError: the installed TRL is not of a known version. On the first batch, on all ranks: what `verify`
             compares differs by more than rounding explains (see `verify.compare`), for instance because the head does
             more than multiply.
-        ValueError: TRL's own checks fail; or an adapter is on the head itself, which a fused head would not apply; or
-            the head is no matrix of floats: it is quantized, or has several layers.
+        ValueError: TRL's own checks fail; or the head is no matrix of floats: it is quantized, or has several layers; or
+            an adapter is on the head that a fused head cannot apply: one with dropout, on a head that is tied to the
+            input embeddings, or of another kind than LoRA; or `verify` is "full" with an adapter on the head.
     """
 
     _CALLER: ClassVar[str] = "FusedKTOTrainer"

@@ -17,10 +17,8 @@ from trl.trainer import dpo_trainer
 
 from .. import checks, scalars
 from ..objectives import DPO, IPO, NCA, APODown, APOZero, BCOPair, Hinge, Paired, Scored, SPPOHard
-from ..output import KTOOutput
-from ..pairs import Preference
+from ..pairs import Judged, Preference
 from ..preference import linear_preference_loss
-from .trl_scoring import kept_for_backward
 from .trl_trainer import FusedTrainer, Policy, labels_of
 
 _PAIRS = "halves"  # chosen completions, then rejected ones: as TRL's collator has them
@@ -107,13 +105,6 @@ def _check_dataset(dataset: Any) -> None:
         )
 
 
-def _loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, objective: Paired, **options: Any
-) -> KTOOutput:
-    weight, bias = kept_for_backward(weight, bias)
-    return linear_preference_loss(hidden, weight, targets, objective, bias=bias, pairs=_PAIRS, **options)
-
-
 class FusedDPOTrainer(FusedTrainer, DPOTrainer):
     """`trl.DPOTrainer` 1.16, but the loss is computed from hidden states inside the wrapped model's forward, by
     `linear_preference_loss`. Arguments, data, metrics and their values are TRL's. In units of G, one product of the
@@ -170,7 +161,8 @@ class FusedDPOTrainer(FusedTrainer, DPOTrainer):
             with self._reference_model() as reference:
                 chosen, rejected = self._sequence_logps(reference, inputs, labels).chunk(2)
             batch = inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        loss = functools.partial(_loss, objective=self._objective(), ref_logps=self._ref_logps(batch))
+        given = {"objective": self._objective(), "pairs": _PAIRS, "ref_logps": self._ref_logps(batch)}
+        loss = functools.partial(linear_preference_loss, **given)
         if _NORMALISED.intersection(self.loss_types) and bool((labels[:, 0] != -100).any()):
             loss = None
         return Policy(model, labels, loss), batch
@@ -181,11 +173,12 @@ class FusedDPOTrainer(FusedTrainer, DPOTrainer):
     def _rounding_of_the_loss(self, policy: Policy, batch: dict, delta: float) -> float:
         logps, lengths, ref_logps = policy.logps.double(), policy.lengths.double(), self._ref_logps(batch)
         chosen = torch.arange(len(logps), device=logps.device) < len(logps) // 2
-        preference, z0 = Preference(self._objective(), _PAIRS), logps.new_zeros(())
+        preference, tokens = Preference(self._objective(), _PAIRS), lengths[chosen].sum().clamp(min=1)
+        judged = Judged(chosen, logps.new_zeros(()), ref_logps, lengths, nll_tokens=tokens)
 
         def losses(of_chosen: float, of_rejected: float) -> Tensor:
             moved = logps + torch.where(chosen, of_chosen, of_rejected)
-            return preference.losses(moved, ref_logps, lengths, z0, chosen, False, None)[0]
+            return preference.losses(judged, moved)
 
         # A log-ratio is a difference of two sums. In each log-ratio a loss rises, falls or is convex: it moves the most
         # at the corners of what rounding allows.

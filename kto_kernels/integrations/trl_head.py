@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..linear.head import gemm_dtype
 from ..parallel import dtensor
 from . import verify as verification
-from .trl_scoring import ChunkedLogProbFunction, scored_by, scores_as_trl, trl_utils
+from .trl_scoring import ChunkedLogProbFunction, current_adapter, scored_by, scores_as_trl, trl_utils, with_adapter
 
 _theirs = trl_utils.add_fused_lm_head
 _log = logging.getLogger("kto_kernels")
@@ -56,9 +56,10 @@ def add_fused_lm_head(
         caller: who calls this function, for messages.
 
     Raises:
-        ValueError: the head is not a matrix of floats, which a fused head could multiply by.
+        ValueError: the head is not a matrix of floats, which a fused head could multiply by, or an adapter is on it that
+            a fused head cannot apply.
     """
-    _head(model)
+    _head(model), _adapter(model)
     forward = vars(model).get("forward")
     while (below := _below_trls(forward)) is not None:  # a fused head from an earlier trainer of TRL
         forward = below if getattr(below, "__func__", None) is not type(model).forward else None
@@ -157,7 +158,13 @@ class FusedHead:
     @functools.partial(torch.compiler.disable, recursive=False)  # the forward that it calls is compiled
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         tuples = getattr(model.config, "return_dict", True) is False
-        with _named_outputs(model) if tuples else contextlib.nullcontext():
+        adapter = _adapter(model)
+        if adapter is not None and scores_as_trl():
+            raise ValueError(
+                f"{type(model).__name__}: TRL's own fused head would leave out the adapter on this model's head; "
+                "verify='full' compares with it"
+            )
+        with _named_outputs(model) if tuples else contextlib.nullcontext(), with_adapter(adapter):
             if self.pending and not scores_as_trl():
                 self._verify(model, args, kwargs)
                 self.pending, self.verified = False, True
@@ -227,9 +234,12 @@ class _Recorder:
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
         weight, bias = dtensor.heads(None, weight=weight, bias=bias)
+        adapter = current_adapter()
+        if adapter is not None:
+            adapter = (*dtensor.heads(None, a=adapter[0], b=adapter[1]), adapter[2])
         given = hidden if self.dtype is None else hidden.to(self.dtype)
         scale = (float(logit_scale), softcap, float(temperature))
-        self.scored = verification.Scored.of(given, weight, bias, targets, scale, gemm_dtype(given), found[0])
+        self.scored = verification.Scored.of(given, weight, bias, targets, scale, gemm_dtype(given), found[0], adapter)
         return found
 
 
@@ -299,10 +309,7 @@ class _Seen:
 
     @torch.compiler.disable
     def get_output_embeddings(self) -> types.SimpleNamespace:
-        weight, bias = _head(self._seen)
-        count = getattr(self._seen.config.get_text_config(), "unpadded_vocab_size", None)
-        if count is not None and count < weight.shape[0]:  # Inkling cuts its logits
-            weight, bias = weight[:count], None if bias is None else bias[:count]
+        weight, bias = (_cut(self._seen, x) for x in _head(self._seen))
         return types.SimpleNamespace(weight=weight, bias=bias)
 
     def __getattr__(self, name: str) -> Any:
@@ -335,6 +342,54 @@ def _before_head(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def _cut(model: nn.Module, rows: Tensor | None) -> Tensor | None:
+    """The rows of a head's tensor that make logits: Inkling cuts its logits."""
+    count = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
+    return rows if rows is None or count is None or count >= rows.shape[0] else rows[:count]
+
+
+def _tuner(head: nn.Module | None) -> Any:
+    """The head, where it is a layer of PEFT with adapters on it; else None."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return head if peft is not None and isinstance(head, peft.BaseTunerLayer) else None
+
+
+def _adapter(model: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scaling) of the LoRA adapter that is active on a model's head; None: there is none, or it is off.
+
+    Raises:
+        ValueError: a fused head cannot apply the adapter.
+    """
+    tuner = _tuner(model.get_output_embeddings())
+    if tuner is None or tuner.disable_adapters or tuner.merged:
+        return None
+    from peft.tuners import lora
+
+    instead = "Leave the head out of `target_modules`, or train all of it with `modules_to_save`"
+    refused = f"{type(model).__name__}: an adapter on the head, {type(tuner).__name__}"
+    if type(tuner) is not lora.Linear:
+        raise ValueError(f"{refused}: expected LoRA on nn.Linear. {instead}")
+    active = [name for name in tuner.active_adapters if name in tuner.lora_A]
+    if not active:
+        return None
+    (name, *others), a, b = active, tuner.lora_A[active[0]], tuner.lora_B[active[0]]
+    if others:
+        raise ValueError(f"{refused}: expected one active adapter, got {', '.join(active)}. {instead}")
+    if name in tuner.lora_variant or b.bias is not None:
+        raise ValueError(f"{refused}: expected LoRA without DoRA or another variant, and lora_bias=False. {instead}")
+    if dropout := getattr(tuner.lora_dropout[name], "p", 0.0):
+        raise ValueError(
+            f"{refused}: expected lora_dropout=0, got {dropout}; the fused head has no dropout in front of an adapter"
+        )
+    weight = tuner.get_base_layer().weight
+    if getattr(model.get_input_embeddings(), "weight", None) is weight:
+        raise ValueError(
+            f"{refused}: the head's weight is that of the input embeddings (tie_word_embeddings=True), and merging the "
+            f"adapter would change the embeddings too. {instead}"
+        )
+    return a.weight, _cut(model, b.weight), float(tuner.scaling[name])
+
+
 def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias of a model's head.
 
@@ -346,10 +401,8 @@ def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     instead = "This trainer multiplies hidden states by that weight and never calls the head"
     if head is None:
         raise ValueError(f"{what} no output embeddings. {instead}")
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is not None and isinstance(head, peft.BaseTunerLayer):
-        raise ValueError(f"{what} an adapter on it, {type(head).__name__}, which would not be trained. Leave the head "
-                         "out of `target_modules`, or train all of it with `modules_to_save`")  # fmt: skip
+    if _tuner(head) is not None:
+        head = head.get_base_layer()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(

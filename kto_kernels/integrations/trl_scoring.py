@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checks, engine, reference
 from ..inputs import Inputs
+from ..linear.head import Adapter
 from ..options import Chunking, Objective, Scale, Scoring
 from ..parallel import dtensor
 from ..parallel.agreement import ALONE
@@ -68,12 +69,15 @@ class ChunkedLogProbFunction:
         weight, bias = kept_for_backward(weight, bias)
         scale = (float(logit_scale), final_logit_softcapping, float(temperature))
         wanted = tuple(name for name in OUTPUTS if name in outputs and name != "log_sum_sq_probs")
-        inputs = Inputs("hidden", hidden, targets, weight=weight, bias=bias)
+        adapter = Adapter.of(current_adapter())
+        inputs = Inputs("hidden", hidden, targets, weight=weight, bias=bias, adapter=adapter).local(None)
+        if adapter is not None:
+            checks.adapter_tensors(inputs.adapter.a, inputs.adapter.b, weight)
         call = engine.agree(inputs, Scoring(Scale(*scale)), Objective(), Chunking(), ALONE)
         found = call.token_logps(inputs.side(""), wanted)
         squares = None
         if "log_sum_sq_probs" in outputs:
-            squares = _log_sum_sq_probs(hidden, weight, bias, scale)
+            squares = _log_sum_sq_probs(hidden, weight, bias, inputs.adapter, scale)
         named = found | {"log_sum_sq_probs": squares}
         return found["logps"], *(named[name] if name in outputs else None for name in OUTPUTS)
 
@@ -95,16 +99,22 @@ def kept_for_backward(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def _log_sum_sq_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: tuple) -> Tensor:
+def _log_sum_sq_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None, scale: tuple
+) -> Tensor:
     """`log Σ_v p_v²` of each row, in plain PyTorch, some rows at a time. Few trainers log it: it may cost another
     pass."""
     rows = max(1, (1 << 24) // weight.shape[0])
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    if adapter is not None:
+        a, b = adapter.a.to(hidden.dtype), adapter.b.to(hidden.dtype)
+
+    def logits(h: Tensor) -> Tensor:
+        found = torch.nn.functional.linear(h, weight, bias)
+        return found if adapter is None else found + adapter.scaling * (h @ a.T @ b.T)
+
     return torch.cat(
-        [
-            (2 * reference.scaled(torch.nn.functional.linear(h, weight, bias), *scale).log_softmax(-1)).logsumexp(-1)
-            for h in hidden.split(rows)
-        ]
+        [(2 * reference.scaled(logits(h), *scale).log_softmax(-1)).logsumexp(-1) for h in hidden.split(rows)]
         or [hidden.new_empty(0, dtype=torch.float32)]
     )
 
@@ -126,6 +136,34 @@ def compact(device: torch.device) -> bool:
 # recognise it by (`DTensor`), TRL passes the head on as it is, and we gather it.
 AROUND: dict[str, Any] = {"_use_triton": compact, "DTensor": ()}
 _THEIRS = {name: getattr(trl_utils, name) for name in ("_ChunkedLogProbFunction", *AROUND)}
+
+
+# The adapters on the heads of the models whose fused heads run now, the innermost last. TRL's fused head passes on a
+# head's weight and bias alone.
+_adapters: list[tuple[Tensor, Tensor, float] | None] = []
+
+
+@contextlib.contextmanager
+def with_adapter(adapter: tuple[Tensor, Tensor, float] | None) -> Iterator[None]:
+    """Makes the scorers in the block add an adapter to the head.
+
+    Args:
+        adapter: (A, B, scaling), A (r, H) floating, B (V, r) floating. None: no adapter is on the head.
+    """
+    _adapters.append(adapter)
+    try:
+        yield
+    finally:
+        _adapters.pop()
+
+
+def current_adapter() -> tuple[Tensor, Tensor, float] | None:
+    """The adapter on the head of the model whose fused head runs now.
+
+    Returns:
+        (A, B, scaling), or None where there is none.
+    """
+    return _adapters[-1] if _adapters else None
 
 
 class _Current:

@@ -22,7 +22,7 @@ from ..output import KTOOutput
 from . import verify as verification
 from .patching import version
 from .trl_head import add_fused_lm_head, rounding
-from .trl_scoring import OUTPUTS, InDtypeOf, scored_by, scored_by_trl
+from .trl_scoring import OUTPUTS, InDtypeOf, current_adapter, scored_by, scored_by_trl
 
 _KNOWN = "1.16"
 _Trainer: Any = object  # TRL's trainer, as far as types go
@@ -141,6 +141,7 @@ class Policy:
             weight,
             targets,
             bias=bias,
+            adapter=current_adapter(),
             cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             logit_scale=float(logit_scale),
             softcap=final_logit_softcapping,
@@ -195,7 +196,9 @@ class FusedTrainer(_Trainer):
         self._formula_check_is_due, self._full_check_is_due = bool(verify), verify == "full"
         self._policy_scores, self._dtype_known_for = InDtypeOf(), None
         head = functools.partial(add_fused_lm_head, verify=bool(verify), caller=self._CALLER)
-        with mock.patch.object(self._THEIRS, "add_fused_lm_head", head):
+        # TRL asks with `isinstance` whether an adapter is on the head, and refuses it.
+        ours = {"add_fused_lm_head": head, "BaseTunerLayer": ()}
+        with mock.patch.multiple(self._THEIRS, create=True, **ours):
             super().__init__(*args, **kwargs)
 
     def _check_arguments(self, *args: Any, **kwargs: Any) -> None:

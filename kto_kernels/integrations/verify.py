@@ -39,6 +39,7 @@ class Scored:
         dtype: the dtype of the head's product.
         dtypes: the dtypes of the hidden states and of the weight, before they were cast.
         tf32: whether the product is rounded to TF32.
+        of_adapter: (n, V) floating, the sizes of what an adapter on the head has rounded besides; 0.0 without one.
     """
 
     products: Tensor  # (n, V), hidden · weight, not rounded to the head's dtype
@@ -52,6 +53,7 @@ class Scored:
     dtype: torch.dtype  # of the head's product
     dtypes: tuple[torch.dtype, torch.dtype]  # of the hidden states and of the weight, before they were cast
     tf32: bool
+    of_adapter: Tensor | float = 0.0  # (n, V)
 
     @staticmethod
     @torch.no_grad()
@@ -63,6 +65,7 @@ class Scored:
         scale: tuple[float, float | None, float],
         dtype: torch.dtype,
         logps: Tensor,  # (n,)
+        adapter: tuple[Tensor, Tensor, float] | None = None,  # A (r, H), B (V, r), scaling
     ) -> Scored:
         """Computes the products.
 
@@ -74,6 +77,8 @@ class Scored:
             scale: logit scale, soft cap and temperature.
             dtype: the dtype that the head casts hidden states and weight to before it multiplies them.
             logps: (n,) floating, the fused head's log-probabilities in nats.
+            adapter: (A, B, scaling) of a LoRA adapter on the head, A (r, H) floating, B (V, r) floating. None: no adapter
+                is on the head.
 
         Returns:
             The record.
@@ -90,10 +95,21 @@ class Scored:
                 for w in map(exactly, weight.split(_COLUMNS))
             ]
         products, spread, norms = (torch.cat(part, -1) for part in zip(*parts))
+        of_adapter: Tensor | float = 0.0
+        if adapter is not None:
+            # The product with the weight is rounded by itself; h Aᵀ, its product with B, its scaling and the sum are too.
+            a, b = map(exactly, adapter[:2])
+            with torch.autocast(hidden.device.type, enabled=False):
+                down = adapter[2] * (h @ a.T)
+                of_adapter = products.abs() + 4 * (down.abs() @ b.abs().T)
+                products = products + down @ b.T
+                terms = adapter[2] * (h.abs() @ a.abs().T) @ b.abs().T
+                spread, norms = spread + terms, norms + terms
         tf32 = dtype == torch.float32 and hidden.is_cuda and torch.get_float32_matmul_precision() != "highest"
         return Scored(
             products, spread, norms, 0.0 if bias is None else exactly(bias), scale, labels, logps.detach(),
-            h.shape[-1], dtype, (hidden.dtype, weight.dtype), tf32
+            h.shape[-1], dtype, (hidden.dtype, weight.dtype), tf32,
+            of_adapter,
         )  # fmt: skip
 
 
@@ -117,7 +133,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
     Each logit. With u the unit roundoff of the head's dtype (2⁻⁹ for bf16), a logit `z = softcap(s·(h·w + b))/T` may
     differ by the sum δ of
 
-    - u times |s·h·w| + |s·b|, as the product is rounded when it is stored; the same again where a GPU splits the sum,
+    - u times |s·h·w| + |s·b|, and the sizes of an adapter's products (`Scored.of_adapter`), as the product is rounded when it is stored; the same again where a GPU splits the sum,
       again for a bias, and again for a scale s other than 1; under a soft cap, 3u times |z| more, for the cap's
       division, tanh and product;
     - 4·√H·2⁻²⁴ times ‖h‖·‖w‖ for the sum of H products in fp32 on either side. It is √H and not H because the H
@@ -164,6 +180,7 @@ def compare(own: Tensor, scored: Scored, again: Tensor | None = None) -> _Worst:
         products = scored.products[rows].double()
         x = (products + scored.bias) * logit_scale
         size = products.abs() + (scored.bias if isinstance(scored.bias, float) else scored.bias.abs())
+        size = size + (scored.of_adapter if isinstance(scored.of_adapter, float) else scored.of_adapter[rows])
         delta = roundings * u * size + sums * scored.norms[rows] + factors * scored.spread[rows]
         delta = delta * abs(logit_scale)
         if softcap is not None:

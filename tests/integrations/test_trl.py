@@ -179,11 +179,6 @@ def test_compute_metrics_gets_trls_logits(tokenizer, tmp_path):
     assert {"eval_agree", "eval_spread"} <= set(history[-1])
 
 
-def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported.*target_modules"):
-        train(FusedKTOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))
-
-
 def test_a_loss_of_ours_that_is_not_trls_is_an_error(tokenizer, tmp_path, monkeypatch):
     """TRL's formula makes the value that is logged, and ours the gradient: the first batch compares the two."""
     monkeypatch.setattr(

@@ -227,14 +227,6 @@ def test_the_bias_of_a_head_with_some_trained_tokens(trainer):
         trainer(wrapped, ref_model=llama()).train()
 
 
-def test_an_adapter_added_to_the_head_is_an_error(trainer):
-    """TRL refuses it in a PeftModel. Inside of a model nothing would train it, and at its start it changes nothing."""
-    model = llama()
-    model.add_adapter(lora(target_modules=["lm_head"], init_lora_weights=True))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM: .* an adapter on it, Linear.*modules_to_save"):
-        trainer(model, ref_model=llama())
-
-
 # One dtype for all sides ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
