@@ -38,6 +38,12 @@ def pytest_addoption(parser):
     parser.addoption("--every-dtype", action="store_true", help="in Triton's interpreter too, where dtypes take turns")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """To load every file takes longer than most tests that are run alone: `-m alone` loads those that name the mark."""
+    if config.option.markexpr == "alone" and collection_path.suffix == ".py":
+        return True if not short.names_alone(collection_path) else None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
