@@ -85,6 +85,14 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{len(mended)}/{FAULTS}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    from tests.support.interpreter import patched_once_a_launch
+
+    with patched_once_a_launch():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
