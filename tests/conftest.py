@@ -2,6 +2,7 @@
 emulation."""
 
 import contextlib
+import gc
 import os
 
 import pytest
@@ -36,6 +37,17 @@ def pytest_addoption(parser):
     parser.addoption("--short", action="store_true", help="one case of each test, as in `make test`")
     parser.addoption("--rest", action="store_true", help="the cases that --short leaves out")
     parser.addoption("--every-dtype", action="store_true", help="in Triton's interpreter too, where dtypes take turns")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is loaded here stays to the end: Python looks for garbage in it neither now nor when tests collect theirs."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):
