@@ -2,6 +2,7 @@
 emulation."""
 
 import contextlib
+import gc
 import os
 
 import pytest
@@ -36,6 +37,23 @@ def pytest_addoption(parser):
     parser.addoption("--short", action="store_true", help="one case of each test, as in `make test`")
     parser.addoption("--rest", action="store_true", help="the cases that --short leaves out")
     parser.addoption("--every-dtype", action="store_true", help="in Triton's interpreter too, where dtypes take turns")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is loaded here stays to the end: Python looks for garbage in it neither now nor when tests collect theirs."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """To load every file takes longer than most tests that are run alone: `-m alone` loads those that name the mark."""
+    if config.option.markexpr == "alone" and collection_path.suffix == ".py":
+        return True if not short.names_alone(collection_path) else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -77,6 +95,14 @@ def pytest_terminal_summary(terminalreporter, config):
     for number in sorted(outcomes.keys() - set(mended)):
         terminalreporter.write_line(f"fault {number}: {', '.join(sorted(outcomes[number])) or 'no test ran'}")
     terminalreporter.write_line(f"{len(mended)}/{FAULTS}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    from tests.support.interpreter import patched_once_a_launch
+
+    with patched_once_a_launch():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The CUDA C++ kernels without a GPU: their bodies on the host's emulation of a block, over the same grid of cases; what
 the compiler makes of them; the extension on a machine without a driver. With a GPU, the grid there too."""
 
-import functools
 import importlib
 import math
 import re
@@ -302,26 +301,10 @@ architectures = pytest.mark.parametrize(
 KERNELS = 3 * (4 * 2 + 1) + 1
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """`compiled(architecture)`: (cubin, what ptxas says)."""
-    folder, ptxas = tmp_path_factory.mktemp("cubins"), Path(build.nvcc()).resolve().with_name("ptxas")
-
-    @functools.cache
-    def compiled(arch):
-        cubin = folder / f"sm_{arch}.cubin"
-        command = [ptxas, "-v", "-O3", f"-arch=sm_{arch}", build.ptx(ROOT / "csrc", arch), "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-        return cubin, run.stdout + run.stderr
-
-    return compiled
-
-
 @needs_nvcc
 @architectures
-def test_no_kernel_spills_or_uses_local_memory(arch, compiled):
-    _, report = compiled(arch)
+def test_no_kernel_spills_or_uses_local_memory(arch):
+    _, report = build.cubin(ROOT / "csrc", arch)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(frames) == report.count("Compiling entry function") == KERNELS
     assert set(frames) == {("0", "0", "0")}, report
@@ -348,13 +331,13 @@ def _disassembler():
 
 @needs_nvcc
 @architectures
-def test_bf16_kernels_move_vectors_of_16_bytes(arch, compiled):
+def test_bf16_kernels_move_vectors_of_16_bytes(arch):
     disassembler = _disassembler()
     if disassembler is None:
         pytest.skip("cuobjdump is not there: machine code not read")
-    cubin, _ = compiled(arch)
+    cubin, _ = build.cubin(ROOT / "csrc", arch)
     sass = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions = dict(re.findall(r"Function : (\S+)\n((?:(?!Function :)(?:.|\n))*)", sass))
+    functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
     bf16 = {name: body for name, body in functions.items() if "5DTypeE2E" in name}
     assert len(bf16) == KERNELS // 3
     for name, body in bf16.items():

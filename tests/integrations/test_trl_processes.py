@@ -22,7 +22,7 @@ import trl
 from accelerate.state import AcceleratorState, DistributedType
 
 from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer
-from tests.support.rank_pool import leave
+from tests.support.rank_pool import forking, leave
 from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, pairs, rows, train
 
 SECONDS = 300  # without a result: the processes wait for each other
@@ -138,7 +138,9 @@ def in_two_processes(folder, cases, sharded):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.spawn(process, (port, folder, cases, sharded), nprocs=2, join=False)
+    context = torch.multiprocessing.start_processes(
+        process, (port, folder, cases, sharded), nprocs=2, join=False, start_method=forking(__name__).get_start_method()
+    )
     done, since = [], time.monotonic()
     while not context.join(timeout=1):
         if (found := sorted(path.name for path in folder.iterdir() if path.is_file())) != done:

@@ -3,7 +3,7 @@ which are all there are in `make test` and `make test-all`."""
 
 from kto_kernels.backends import BACKENDS
 from tests.support import harness
-from tests.support.short import CASES
+from tests.support.short import CASES, names_alone
 
 
 def test_the_short_run_has_a_case_of_every_test(request):
@@ -13,6 +13,13 @@ def test_the_short_run_has_a_case_of_every_test(request):
         if not kept:
             (sibling,) = cases[0].get_closest_marker("wide").args
             assert collected[f"{name.split('::')[0]}::{sibling}"][1], name
+
+
+def test_files_with_tests_that_run_alone_name_the_mark(request):
+    """`-m alone` loads no others."""
+    collected = request.config.stash[CASES].values()
+    files = {case.path for cases, _ in collected for case in cases if case.get_closest_marker("alone")}
+    assert files and all(map(names_alone, files)), [file for file in files if not names_alone(file)]
 
 
 def test_a_backend_that_cannot_run_on_the_gpu_is_skipped_with_its_reason(monkeypatch):

@@ -31,6 +31,67 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+# Releases of Triton ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_has_what_the_compilers_found():
+    assert compilers.page(check=True) == 0, "python tests/versions/compilers.py page writes it"
+    assert {path.stem for path in compilers.RESULTS.glob("*.json")} <= set(compilers.RELEASES)
+    of = {"compiled": 3, "registers": 64, "spills": {}, "errors": {}}
+    launches = {"wrong": 0, "microseconds": {"Triton's": 40.0, "ours": 9.0}}
+    result = {"triton": "9.9", "seconds": 1, "date": "", "commit": "", "targets": {"sm_80": of}, "launches": launches}
+    assert "| sm_80 | 3 compiled, no spills |" in compilers.generated([result])
+    of |= {"spills": {"chunk: scores": 8}, "errors": {"scale: in place": "ValueError: no"}}
+    text = compilers.generated([result])
+    assert "| sm_80 | 3 compiled, 1 not, 1 spill |" in text and "| sm_90 | not run |" in text
+    assert "sm_80, chunk: scores: 8 bytes" in text and "sm_80, scale: in place: ValueError: no" in text
+
+
+def test_a_release_comes_before_torchs_own_and_goes_again(folder, monkeypatch):
+    """With commands that do not run: what they are told, and what is left."""
+    commands = []
+
+    def require(command, env):
+        commands.append((command, env))
+        if "compile" in command:
+            of = {"compiled": 1, "registers": 9, "spills": {"chunk: scores": 8}, "errors": {}}
+            result = {"targets": {"sm_80": of}, "launches": {"wrong": 1}}
+            Path(command[command.index("compile") + 1]).write_text(json.dumps(result))
+
+    monkeypatch.setattr(matrix, "require", require)
+    monkeypatch.setattr(compilers, "RESULTS", folder / "found")
+    assert compilers.run(["triton_3_4"]) == 2
+    (install, _), (compile_, env) = commands
+    site = str(folder / "triton_3_4" / "site")
+    assert install[-3:] == ["--target", site, f"triton=={compilers.RELEASES['triton_3_4']}"]
+    assert env["PYTHONPATH"].split(":") == [site, str(compilers.ROOT)] and compile_[-1] == "gfx942"
+    assert json.loads((folder / "found" / "triton_3_4.json").read_text())["release"] == "triton_3_4"
+    assert not (folder / "triton_3_4").exists()
+
+
+def test_spills_and_errors_of_a_variant_are_told():
+    """Of two variants one is given too few registers, and of the other target nothing can be read."""
+    code = """
+import json, sys
+from tests.versions import compilers
+from benchmarks import inspect
+from kto_kernels.backends.triton import launch
+own, options = inspect.variants, launch.options
+inspect.variants = lambda: [v for v in own() if v[0] in ("all outputs, gradient, float32", "in place, float32")]
+launch.options = lambda hip, warp, threads: options(hip, warp, threads) | {"maxnreg": 32}
+inspect._read_amd = None
+from tests.support import stub_driver
+stub_driver.launches = lambda which: None
+print(json.dumps(compilers.compile_here(("sm_90", "gfx942"))["targets"]))
+"""
+    found = json.loads(in_fresh_process(code))
+    assert found["sm_90"]["compiled"] == 2 and found["sm_90"]["spills"]["chunk: all outputs, gradient, float32"] > 0
+    assert found["gfx942"]["compiled"] == 0 and len(found["gfx942"]["errors"]) == 2
+
+
+# Releases of torch ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def test_the_page_is_up_to_date():
     assert matrix.page(check=True) == 0, "python tests/versions/matrix.py page writes it"
     assert {path.stem for path in matrix.RESULTS.glob("*.json")} <= set(matrix.ENVIRONMENTS)
@@ -135,61 +196,3 @@ def test_a_run_ended_from_outside_deletes_its_environment(folder):
     finally:
         process.kill()
     assert not (folder / NAME).exists()
-
-
-# Releases of Triton ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_page_has_what_the_compilers_found():
-    assert compilers.page(check=True) == 0, "python tests/versions/compilers.py page writes it"
-    assert {path.stem for path in compilers.RESULTS.glob("*.json")} <= set(compilers.RELEASES)
-    of = {"compiled": 3, "registers": 64, "spills": {}, "errors": {}}
-    launches = {"wrong": 0, "microseconds": {"Triton's": 40.0, "ours": 9.0}}
-    result = {"triton": "9.9", "seconds": 1, "date": "", "commit": "", "targets": {"sm_80": of}, "launches": launches}
-    assert "| sm_80 | 3 compiled, no spills |" in compilers.generated([result])
-    of |= {"spills": {"chunk: scores": 8}, "errors": {"scale: in place": "ValueError: no"}}
-    text = compilers.generated([result])
-    assert "| sm_80 | 3 compiled, 1 not, 1 spill |" in text and "| sm_90 | not run |" in text
-    assert "sm_80, chunk: scores: 8 bytes" in text and "sm_80, scale: in place: ValueError: no" in text
-
-
-def test_a_release_comes_before_torchs_own_and_goes_again(folder, monkeypatch):
-    """With commands that do not run: what they are told, and what is left."""
-    commands = []
-
-    def require(command, env):
-        commands.append((command, env))
-        if "compile" in command:
-            of = {"compiled": 1, "registers": 9, "spills": {"chunk: scores": 8}, "errors": {}}
-            result = {"targets": {"sm_80": of}, "launches": {"wrong": 1}}
-            Path(command[command.index("compile") + 1]).write_text(json.dumps(result))
-
-    monkeypatch.setattr(matrix, "require", require)
-    monkeypatch.setattr(compilers, "RESULTS", folder / "found")
-    assert compilers.run(["triton_3_4"]) == 2
-    (install, _), (compile_, env) = commands
-    site = str(folder / "triton_3_4" / "site")
-    assert install[-3:] == ["--target", site, f"triton=={compilers.RELEASES['triton_3_4']}"]
-    assert env["PYTHONPATH"].split(":") == [site, str(compilers.ROOT)] and compile_[-1] == "gfx942"
-    assert json.loads((folder / "found" / "triton_3_4.json").read_text())["release"] == "triton_3_4"
-    assert not (folder / "triton_3_4").exists()
-
-
-def test_spills_and_errors_of_a_variant_are_told():
-    """Of two variants one is given too few registers, and of the other target nothing can be read."""
-    code = """
-import json, sys
-from tests.versions import compilers
-from benchmarks import inspect
-from kto_kernels.backends.triton import launch
-own, options = inspect.variants, launch.options
-inspect.variants = lambda: [v for v in own() if v[0] in ("all outputs, gradient, float32", "in place, float32")]
-launch.options = lambda hip, warp, threads: options(hip, warp, threads) | {"maxnreg": 32}
-inspect._read_amd = None
-from tests.support import stub_driver
-stub_driver.launches = lambda which: None
-print(json.dumps(compilers.compile_here(("sm_90", "gfx942"))["targets"]))
-"""
-    found = json.loads(in_fresh_process(code))
-    assert found["sm_90"]["compiled"] == 2 and found["sm_90"]["spills"]["chunk: all outputs, gradient, float32"] > 0
-    assert found["gfx942"]["compiled"] == 0 and len(found["gfx942"]["errors"]) == 2

@@ -2,7 +2,6 @@
 of group are beside its other tests."""
 
 import datetime
-import multiprocessing
 import os
 import tempfile
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from kto_kernels import kl_reference_point, kto_loss, linear_kto_loss, linear_token_logps, sequence_logps, token_logps
 from tests.support.linear_harness import VOCAB, linear_problem
-from tests.support.rank_pool import distributed, pool
+from tests.support.rank_pool import distributed, forking, pool
 from tests.support.shard_harness import arguments, run
 
 pytestmark = distributed
@@ -124,7 +123,7 @@ def _process(rank, file, results):
 
 def test_a_peer_that_is_late_or_dead():
     """The collective's own error, at its time-out or when the connection closes, not a hang."""
-    context = multiprocessing.get_context("spawn")
+    context = forking(__name__)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(2)]
         processes = [

@@ -74,10 +74,21 @@ def _work(rank: int, file: str, connection) -> None:
     leave()
 
 
+def forking(*modules: str) -> multiprocessing.context.BaseContext:
+    """Starts processes as forks of one that has imported the modules: they are imported once. The first call of a session
+    names them. A process that has looked for a GPU cannot be forked: where there is one, each imports them itself."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
+
+
 class Pool:
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        tests = {name: module for name, module in sys.modules.items() if name.startswith("tests.")}
+        context = forking(*(name for name, module in tests.items() if getattr(module, "pool", None) is pool))
         self.connections, self.processes = [], []
         for rank in range(RANKS):
             mine, theirs = context.Pipe()

@@ -10,13 +10,20 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 # Test function → its cases, and the one of them that `--short` keeps.
 CASES = pytest.StashKey[dict[str, tuple[list[pytest.Item], list[pytest.Item]]]]()
 
+_ALONE = re.compile(r"pytest\.mark\.alone|^pytestmark = distributed$", re.MULTILINE)
 _DTYPE = re.compile(r"\b(fp32|bf16|fp16)\b")
+
+
+def names_alone(file: Path) -> bool:
+    """Whether a file of tests gives one the mark `alone`, itself or with `distributed` of rank_pool.py."""
+    return _ALONE.search(file.read_text()) is not None
 
 
 def out_of_turn(items: Iterable[pytest.Item]) -> set[pytest.Item]:

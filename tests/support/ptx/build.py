@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def kept(name: str, sources: Iterable[Path], options: object, make: Callable[[Path], None]) -> Path:
-    """The file build/ptx/NAME of these sources and options, which `make(path)` writes where it is not there yet."""
+    """The file or folder build/ptx/NAME of these sources and options, which `make(path)` writes where it is not there yet."""
     digest = hashlib.sha256(repr(options).encode())
     for source in sorted(sources):
         digest.update(source.read_bytes())
@@ -28,7 +28,8 @@ def kept(name: str, sources: Iterable[Path], options: object, make: Callable[[Pa
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # other processes may build the same
             made = Path(folder) / name
             make(made)
-            os.replace(made, path)
+            if not path.exists():
+                os.replace(made, path)
     return path
 
 
@@ -68,6 +69,22 @@ def ptx(csrc: Path, arch: int) -> Path:
         subprocess.run([nvcc(), *options, csrc / "cuda" / "kernels.cu", "-o", path], check=True)
 
     return kept("kernels.ptx", sources, options, make)
+
+
+def cubin(csrc: Path, arch: int) -> tuple[Path, str]:
+    """The machine code of these kernels, and what ptxas says of it."""
+    source, ptxas = ptx(csrc, arch), Path(nvcc()).resolve().with_name("ptxas")
+    options = ["-v", "-O3", f"-arch=sm_{arch}"]
+    version = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        run = subprocess.run([ptxas, *options, source, "-o", folder / "cubin"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        (folder / "report").write_text(run.stdout + run.stderr)
+
+    folder = kept("machine_code", [source], (version, options), make)
+    return folder / "cubin", (folder / "report").read_text()
 
 
 def interpreter() -> Path:
