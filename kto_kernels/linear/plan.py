@@ -124,8 +124,9 @@ class LinearPlan:
             hidden_dtype: the dtype of the hidden states given. None: `dtype`.
             max_logits_bytes: the most bytes of logits that exist at once. None: the balance decides.
             long_sequences: "defer", "recompute", or "auto" for the faster of the two, for each sequence longer than a
-                chunk. If the open sequences do not all fit into one chunk, "auto" defers at most the longest of them,
-                and "defer" as many as leave the others room in one chunk; each has a buffer of its own.
+                chunk. If the open sequences do not all fit into one chunk, "defer" defers as many as leave the others
+                room in one chunk; each has a buffer of its own. "auto" does the same where the weight's gradient is not
+                formed, as the buffers are small then, and otherwise defers at most the longest of them.
             open_sequences: for each of the B sequences, whether it has tokens on other ranks too. None: there are no
                 other ranks.
             pairs: how the members of a pair depend on each other, where neighbours among the B sequences are pairs
