@@ -296,6 +296,14 @@ def test_no_chosen_token_has_no_likelihood():
     assert all(x.isfinite().all() for x in mine) and mine[5] == 0 and mine[-2].abs().max() > 0
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_empty_batch_has_the_loss_0(loss):
+    arguments, leaves = inputs(ref=loss == "DPO")
+    empty = {name: value[:0] if value.shape[0] == B else value for name, value in arguments.items()}
+    mine = run(OURS[loss](), empty, leaves)
+    assert mine[0] == 0 and all(x.isfinite().all() and not x.any() for x in mine)
+
+
 # Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
