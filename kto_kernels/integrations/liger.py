@@ -29,6 +29,21 @@ from .liger_pairs import (
 )
 from .patching import Patch, Replaced, check_call, holders, load, original, undo, version
 
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+    "liger_fused_linear_cpo",
+    "liger_fused_linear_dpo",
+    "liger_fused_linear_kto",
+    "liger_fused_linear_orpo",
+    "liger_fused_linear_simpo",
+    "patch_liger",
+    "unpatch_liger",
+]
+
 
 def liger_fused_linear_kto(
     _input: Tensor,  # (B, T, H)

@@ -366,7 +366,8 @@ class LigerFusedLinearORPOLoss(_PairedLoss):
 
     def _more(self, chosen: Scored, rejected: Scored) -> tuple[Tensor, ...]:
         ratio = objectives.ORPO(self.beta).log_odds_ratio(chosen, rejected)
-        return logsigmoid(ratio).mean(), ratio.mean()
+        count = max(1, len(ratio))
+        return logsigmoid(ratio).sum() / count, ratio.sum() / count
 
     def forward(
         self,

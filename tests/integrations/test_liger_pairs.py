@@ -200,6 +200,28 @@ def test_as_accurate_as_liger_in_half_precision(loss, dtype):
         assert (m - e).abs().max() <= 0.1 * scale  # which zeros do not pass
 
 
+def test_sppo_is_as_accurate_as_liger():
+    """In the shape of a test of Liger's own, whose tolerance is below the rounding of these gradients."""
+
+    def random(*shape):
+        return torch.randn(*shape)
+
+    arguments = {"lin_weight": random(123, 31), "_input": random(6, 47, 31), "target": torch.randint(123, (6, 47))}
+    arguments |= {"ref_input": random(6, 47, 31), "ref_weight": random(123, 31)}
+
+    def results(module, dtype):
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in arguments.items()}
+        leaves = [given[k].requires_grad_() for k in ("_input", "lin_weight")]
+        loss, _ = module(**given)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    theirs = results(PEERS["DPO"](loss_type="sppo_hard", compiled=False), torch.float32)
+    mine, exact = (results(OURS["DPO"](loss_type="sppo_hard"), dtype) for dtype in (torch.float32, torch.float64))
+    for name, m, t, e in zip(("loss", "_input", "lin_weight"), mine, theirs, exact, strict=True):
+        assert e.abs().max() > 100
+        assert_as_accurate(name, m, t, e, torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_fp64_gives_the_same_in_fp64(loss):
     arguments, leaves = inputs(ref=loss == "DPO", dtype=torch.float64)
@@ -280,6 +302,14 @@ def test_no_chosen_token_has_no_likelihood():
     assert PEERS["DPO"](compiled=False)(**arguments)[0].isnan()
     mine = run(OURS["DPO"](compute_nll_loss=True), arguments, leaves)
     assert all(x.isfinite().all() for x in mine) and mine[5] == 0 and mine[-2].abs().max() > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_empty_batch_has_the_loss_0(loss):
+    arguments, leaves = inputs(ref=loss == "DPO")
+    empty = {name: value[:0] if value.shape[0] == B else value for name, value in arguments.items()}
+    mine = run(OURS[loss](), empty, leaves)
+    assert mine[0] == 0 and all(x.isfinite().all() and not x.any() for x in mine)
 
 
 # Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
