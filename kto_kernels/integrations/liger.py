@@ -3,6 +3,7 @@ The replacements for its paired losses are imported from here too, and the patch
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -263,7 +264,7 @@ def patch_liger() -> Patch:
     Warns:
         UserWarning: the patch has no effect on TRL's KTO or DPO trainer. That trainer is imported, before the call or
             while the patch is in place; it is of a version that does not call Liger's loss (1.13 and later, and the
-            early ones); and no other module has imported that loss.
+            early ones); and no other module has imported one of these losses.
 
     Raises:
         ImportError: liger_kernel is not installed, or has no `chunked_loss`.
@@ -315,21 +316,20 @@ _WATCH = _Watch()
 
 def _warn_without_effect(name: str, trainer: ModuleSpec | None) -> None:
     """Warns where nothing calls the functions that `patch_liger` has put in place: the source of TRL's trainer does not
-    name Liger's loss, and no module has imported it but Liger's own and ours."""
+    name Liger's loss, and no module has imported one of Liger's losses but Liger's own and ours."""
     loss, since = _TRL_TRAINERS[name]
     loader = getattr(trainer, "loader", None)
     source = loader.get_source(trainer.name) if isinstance(loader, InspectLoader) else None
     # From TRL 0.27 to 1.5 the KTO trainer is defined in trl.experimental.kto, where it calls Liger's loss.
     if source is None or f"LigerFusedLinear{loss}" in source or f"experimental.{loss.lower()}" in source:
         return
-    for ours in _LOSSES[loss]:
+    for ours in itertools.chain.from_iterable(_LOSSES.values()):
         if any(module.__name__.split(".")[0] not in ("liger_kernel", "kto_kernels") for module, _ in holders(ours)):
             return
-    instead = "with FusedKTOTrainer or patch_trl()" if loss == "KTO" else "with patch_trl()"
     earlier = ", and under TRL 0.8 to 1.5 with kto_kernels.integrations.logps.patch_trl_kto()" if loss == "KTO" else ""
     warnings.warn(
         f"patch_liger: without effect on TRL's {loss}Trainer: that of {version('trl')} does not call Liger's loss (those "
-        f"of TRL {since} to 1.12 do, with use_liger_kernel=True). Our loss is under TRL 1.16 {instead} of "
-        f"kto_kernels.integrations.trl{earlier}.",
+        f"of TRL {since} to 1.12 do, with use_liger_kernel=True). Our loss is under TRL 1.16 with Fused{loss}Trainer or "
+        f"patch_trl() of kto_kernels.integrations.trl{earlier}.",
         stacklevel=1,
     )

@@ -1,6 +1,8 @@
 """`make test` leaves out cases, and no promise. Each test here speaks of all tests that its run has collected,
 which are all there are in `make test` and `make test-all`."""
 
+from pathlib import Path
+
 from kto_kernels.backends import BACKENDS
 from tests.support import harness
 from tests.support.short import CASES, names_alone
@@ -19,7 +21,8 @@ def test_files_with_tests_that_run_alone_name_the_mark(request):
     """`-m alone` loads no others."""
     collected = request.config.stash[CASES].values()
     files = {case.path for cases, _ in collected for case in cases if case.get_closest_marker("alone")}
-    assert files and all(map(names_alone, files)), [file for file in files if not names_alone(file)]
+    assert all(map(names_alone, files)), [file for file in files if not names_alone(file)]
+    assert not names_alone(Path(__file__).parent / "test_docs.py")
 
 
 def test_a_backend_that_cannot_run_on_the_gpu_is_skipped_with_its_reason(monkeypatch):
