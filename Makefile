@@ -55,6 +55,7 @@ demo: $(VENV)/demo.stamp  ## train a small real model with KTO, on the CPU
 bench: $(VENV)/bench.stamp  ## the CPU benchmarks; writes benchmarks/results/ and the tables of README.md and docs/benchmarks.md
 	$(BIN)/python -m benchmarks logits
 	$(BIN)/python -m benchmarks linear
+	$(BIN)/python -m benchmarks linear --objective dpo
 	$(BIN)/python -m benchmarks longcontext
 	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .selection import Peer, chosen_backends, chosen_peers
 from .session import Session
@@ -52,6 +52,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     if args.shapes:
         base, scored = shapes.base[args.device], shapes.scored[args.device]
         found = [shape for text in args.shapes for shape in parse(text, base, scored)]
+        found = [replace(shape, objective=base.objective, sequences=base.sequences) for shape in found]
         return [Job(shape, shapes.dtypes[args.device]) for shape in dict.fromkeys(found)]
     return shapes.jobs(args.device)
 

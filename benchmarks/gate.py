@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kto_kernels import reference
-
 from .measure import reason
-from .peers import BETA, KL, NAIVE
+from .objective import KTO, OBJECTIVES, Objective
+from .peers import NAIVE
 
 DIFFERS = 1e-2  # of the truth, on top of naive PyTorch's own error: a peer beyond that computes something else
 LOGPS = "token log-probs"
@@ -21,11 +20,15 @@ CHANCE = 2.0  # standard deviations
 Errors = dict[str, float]
 
 
-def true_loss_and_slopes(log_ratios: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
+@torch.enable_grad()
+def true_loss_and_slopes(
+    log_ratios: Tensor, desirable: Tensor, objective: Objective = OBJECTIVES[KTO]
+) -> tuple[Tensor, Tensor]:
     """The mean loss, and its derivative with respect to each sequence's log-ratio (B,), in fp64."""
-    z0 = torch.tensor(KL, dtype=torch.float64, device=log_ratios.device)
-    arguments = (log_ratios, z0, desirable, BETA, (1.0, 1.0))
-    return reference.loss(*arguments).mean(), reference.loss_slope(*arguments) / len(log_ratios)
+    leaf = log_ratios.detach().requires_grad_()
+    loss = objective.loss(leaf, desirable)
+    (slopes,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), slopes
 
 
 def rms(x: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 Every variant computes the KTO loss of N scored tokens in 4 sequences, behind prompts half as long, from policy and
 reference hidden states and a KL number, and the gradients of the policy's hidden states and (unless it is frozen) of its
-head. The gate compares token log-probabilities, loss and gradients with fp64 before anything is timed. The floor is the GEMMs of the scored tokens
+head. With `--objective dpo` it is the DPO loss of 4 pairs, without a KL number. The gate compares token log-probabilities, loss and gradients with fp64 before anything is timed. The floor is the GEMMs of the scored tokens
 alone, unchunked, into buffers that are there.
 """
 
@@ -13,8 +13,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from kto_kernels import LinearPlan, reference
 
 from . import gate
 from .benchmark import Benchmark, Shapes, plan
-from .linear_peers import IGNORED, PEERS, LinearBatch, LossOf, naive, naive_scored, ours
+from .linear_peers import IGNORED, INSTEAD, PEERS, LinearBatch, LossOf, naive, naive_scored, ours
 from .linear_peers import SCORED as NAIVE_SCORED
 from .measure import (
     DTYPES,
@@ -37,8 +37,9 @@ from .measure import (
     peak_extra_bytes,
     reason,
 )
+from .objective import DPO, KTO, OBJECTIVES
 from .peers import NAIVE
-from .selection import Setting, present, worth_timing
+from .selection import Peer, Setting, present, worth_timing
 from .session import Session
 from .shapes import MODELS, Job, Shape, of_model
 
@@ -58,6 +59,15 @@ def jobs(device: str) -> list[Job]:
         return [Job(shape, ("bf16",)) for shape in (BASE[device], *others)]
     fast = ("scored", "liger")
     return [Job(BASE[device], ("fp32", "bf16"))] + [Job(shape, ("bf16",), fast, repeats=3) for shape in others]
+
+
+PAIRS = {"objective": DPO, "sequences": 8}  # of a shape
+PAIRED_BASE = {"cpu": replace(of_model("smollm2", 2048), **PAIRS), "cuda": replace(BASE["cuda"], **PAIRS)}
+
+
+def paired_jobs(device: str) -> list[Job]:
+    """The same of pairs: one head, and the peers that users of pairs have."""
+    return [Job(PAIRED_BASE[device], DTYPES_BY_DEFAULT[device], ("naive", "scored", "trl", "liger"))]
 
 
 LOGPS = gate.LOGPS
@@ -90,15 +100,16 @@ def make_batch(shape: Shape, head: str, dtype: torch.dtype, device: str = "cpu")
         for rows, words in zip(x[::2].split(FP64_ROWS), y[::2].split(FP64_ROWS)):
             words.copy_(F.linear(rows, weight).argmax(-1))
     labels[:, : shape.prompt] = IGNORED
-    desirable = torch.arange(b, device=device) % 4 != 1
+    objective = OBJECTIVES[shape.objective]
     return LinearBatch(
         states.requires_grad_(),
         weight.requires_grad_(head == TRAINED),
         ref_hidden,
         ref_weight,
         labels,
-        desirable,
+        objective.desirable(b, device),
         shape.softcap,
+        objective,
     )
 
 
@@ -137,7 +148,7 @@ class Truth:
 
         logps, ref_logps = token_logps(batch.hidden, batch.weight), token_logps(batch.ref_hidden, batch.ref_weight)
         self.log_ratios = logps.new_zeros(len(scored)).index_add_(0, sequence, logps - ref_logps)
-        loss, slopes = gate.true_loss_and_slopes(self.log_ratios, batch.desirable)
+        loss, slopes = gate.true_loss_and_slopes(self.log_ratios, batch.desirable, batch.objective)
         # The spread of the loss where the errors of all tokens' log-probabilities, the reference's too, are 1 of either sign.
         self.spread = (2 * slopes[sequence].square().sum()).sqrt().item()
         hidden = batch.hidden[scored]
@@ -192,16 +203,21 @@ def gemm_units(trained_head: bool) -> int:
     return 4 if trained_head else 3
 
 
-def name_of(backend: str) -> str:
-    return f"linear_kto_loss, {backend}"
+def name_of(backend: str, objective: str = KTO) -> str:
+    return f"{OBJECTIVES[objective].function}, {backend}"
+
+
+def peers_of(objective: str) -> Mapping[str, Peer]:
+    return PEERS | INSTEAD[objective]
 
 
 def variants_of(
     setting: Setting, peers: tuple[str, ...], backends: tuple[str, ...]
 ) -> tuple[dict[str, LossOf], dict[str, str]]:
     """Ours and the peers that are there, by name; and why the others are not."""
-    theirs, absent = present(PEERS, peers, setting)
-    return {name_of(backend): ours(backend, setting.shape.budget) for backend in backends} | theirs, absent
+    shape = setting.shape
+    theirs, absent = present(peers_of(shape.objective), peers, setting)
+    return {name_of(backend, shape.objective): ours(backend, shape.budget) for backend in backends} | theirs, absent
 
 
 def plan_of(shape: Shape, dtype: str, head: str, device: str) -> LinearPlan:
@@ -213,6 +229,7 @@ def plan_of(shape: Shape, dtype: str, head: str, device: str) -> LinearPlan:
         needs_weight=head == TRAINED,
         hidden_rows=shape.tokens,
         max_logits_bytes=shape.budget,
+        pairs=OBJECTIVES[shape.objective].pairing,
         device=device,
     )
 
@@ -222,7 +239,7 @@ def gated(
 ) -> tuple[dict[str, gate.Errors], dict[str, str], gate.Errors]:
     """Errors against fp64, why which peers are out, and the size of the true values."""
     truth = Truth(batch)
-    mine = [name for name in variants if name.startswith("linear_kto_loss")]
+    mine = [name for name in variants if name.startswith(batch.objective.function)]
     everyone = {NAIVE: naive, NAIVE_SCORED: naive_scored} | variants
     found = gate.admit(
         everyone,
@@ -266,7 +283,7 @@ def run(
     for name in seconds.keys() - {floor_name} if device == "cuda" else ():
         peaks[name] = peak_extra_bytes(lambda name=name: runs[name].run(None), device)
     plan = plan_of(shape, dtype, head, device)
-    mine = [name_of(backend) for backend in backends]
+    mine = [name_of(backend, shape.objective) for backend in backends]
     return {"dtype": dtype, **shape.key, "head": head, "repeats": repeats} | {
         "plan": {"text": repr(plan), "peak bytes": plan.peak_bytes, "variants": mine},
         "fp64": scale,
@@ -315,7 +332,8 @@ def _point(
         loss_of = _by_name(variant, setting)
         if device == "cpu":
             # Code and thread stacks are loaded before the measurement; with the second shape, code compiled for any.
-            for small in (Shape(32, 24, 64, sequences=shape.sequences), Shape(64, 48, 128, sequences=shape.sequences)):
+            for scored, hidden, vocab in ((32, 24, 64), (64, 48, 128)):
+                small = Shape(scored, hidden, vocab, sequences=shape.sequences, objective=shape.objective)
                 with_gradients(loss_of, make_batch(small, head, DTYPES[dtype], device))
             if limit is not None:
                 limit_memory(limit)
@@ -340,10 +358,11 @@ def _point(
 
 
 def _by_name(variant: str, setting: Setting) -> LossOf:
-    for peer in PEERS.values():
+    shape = setting.shape
+    for peer in peers_of(shape.objective).values():
         if peer.name == variant:
             return peer.make(setting)
-    return ours(variant.removeprefix(name_of("")), setting.shape.budget)
+    return ours(variant.removeprefix(name_of("", shape.objective)), shape.budget)
 
 
 # The command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,6 +370,15 @@ def _by_name(variant: str, setting: Setting) -> LossOf:
 
 def options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frozen", action="store_true", help="the head takes no gradient (default on a GPU: both)")
+    about = "kto (default), or dpo, of pairs, with a results file of its own: linear-dpo-DEVICE.json"
+    command.add_argument("--objective", dest="benchmark", type=benchmark_of, metavar="LOSS", help=about)
+
+
+def benchmark_of(objective: str) -> Benchmark:
+    """The benchmark that `--objective` names."""
+    if objective not in BENCHMARKS:
+        raise argparse.ArgumentTypeError(f"{objective!r} is not known; expected {' or '.join(BENCHMARKS)}")
+    return BENCHMARKS[objective]
 
 
 def measure(session: Session) -> None:
@@ -379,6 +407,16 @@ BENCHMARK = Benchmark(
     shapes=Shapes(jobs, QUICK, DTYPES_BY_DEFAULT, BASE, SCORED, REPEATS),
     options=options,
 )
+BENCHMARKS = {  # of each objective
+    KTO: BENCHMARK,
+    DPO: replace(
+        BENCHMARK,
+        name="linear-dpo",
+        about="the DPO loss of pairs from hidden states (CPU 5 min, GPU 1 min)",
+        peers=peers_of(DPO),
+        shapes=Shapes(paired_jobs, replace(QUICK, **PAIRS), DTYPES_BY_DEFAULT, PAIRED_BASE, SCORED, REPEATS),
+    ),
+}
 
 
 if __name__ == "__main__":

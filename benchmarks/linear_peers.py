@@ -1,7 +1,7 @@
 """The loss from hidden states, each way behind one signature: `loss_of(batch) → Scored`, a 0-d loss, differentiable.
 
 Where a peer stops at token log-probabilities, the reference's are computed by its own means without gradient, and the
-KTO formula on top is the one of `peers`. Prompts are in the batch, as a model's forward leaves them there: a peer that
+formula on top is the one of `objective`. Prompts are in the batch, as a model's forward leaves them there: a peer that
 projects them too pays for it.
 """
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kto_kernels import linear_kto_loss
+from kto_kernels import linear_kto_loss, linear_preference_loss
 
-from .peers import BETA, KL, NAIVE, kto_from_token_logps, naive_token_logps
+from .objective import BETA, DPO, KL, KTO, OBJECTIVES, Objective
+from .peers import NAIVE, naive_token_logps
 from .selection import Absent, Peer, Setting
 
 IGNORED = -100
@@ -32,6 +33,7 @@ class LinearBatch:
     labels: Tensor  # (B, T), IGNORED where a prompt is
     desirable: Tensor  # (B,)
     softcap: float | None = None
+    objective: Objective = OBJECTIVES[KTO]
 
 
 class Scored(NamedTuple):
@@ -45,19 +47,13 @@ TokenLogpsOf = Callable[[LinearBatch, Tensor, Tensor, Tensor], Tensor]  # batch,
 
 def ours(backend: str, max_logits_bytes: int | None = None) -> LossOf:
     def loss_of(batch: LinearBatch) -> Scored:
-        out = linear_kto_loss(
-            batch.hidden,
-            batch.weight,
-            batch.labels,
-            batch.desirable,
-            ref_hidden=batch.ref_hidden,
-            ref_weight=batch.ref_weight,
-            kl=KL,
-            beta=BETA,
-            softcap=batch.softcap,
-            max_logits_bytes=max_logits_bytes,
-            backend=backend,
-        )
+        inputs = (batch.hidden, batch.weight, batch.labels)
+        given = {"ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight, "softcap": batch.softcap}
+        given |= {"max_logits_bytes": max_logits_bytes, "backend": backend}
+        if batch.objective.paired:
+            out = linear_preference_loss(*inputs, batch.objective.record, **given)
+        else:
+            out = linear_kto_loss(*inputs, batch.desirable, kl=KL, beta=BETA, **given)
         return Scored(out.loss, out.token_logps)
 
     return loss_of
@@ -68,7 +64,7 @@ def _from_token_logps(token_logps_of: TokenLogpsOf) -> LossOf:
         with torch.no_grad():
             ref_logps = token_logps_of(batch, batch.ref_hidden, batch.ref_weight, batch.labels).float().sum(-1)
         token_logps = token_logps_of(batch, batch.hidden, batch.weight, batch.labels)
-        return Scored(kto_from_token_logps(token_logps, ref_logps, batch.desirable), token_logps.detach())
+        return Scored(batch.objective.as_written(token_logps, ref_logps, batch.desirable), token_logps.detach())
 
     return loss_of
 
@@ -142,6 +138,21 @@ def _liger(setting: Setting) -> LossOf:
     return loss_of
 
 
+def _liger_dpo(setting: Setting) -> LossOf:
+    _no_softcap(setting)
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    torch._dynamo.reset()
+    dpo = LigerFusedLinearDPOLoss(beta=BETA, compiled=True, use_ref_model=True)
+
+    def loss_of(batch: LinearBatch) -> Scored:
+        reference = {"ref_input": batch.ref_hidden, "ref_weight": batch.ref_weight}
+        loss, *_ = dpo(batch.weight, batch.hidden, batch.labels, **reference)
+        return Scored(loss)
+
+    return loss_of
+
+
 def _flat(nll_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOf:
     """A peer from a function of rows that returns a negative log-likelihood for each, 0 where a row is ignored."""
 
@@ -200,7 +211,7 @@ def _quack_chunked(setting: Setting) -> LossOf:
 
         with torch.no_grad():
             ref_logps = sums(batch.ref_hidden, batch.ref_weight)
-        return Scored(kto_from_token_logps(sums(batch.hidden, batch.weight)[:, None], ref_logps, batch.desirable))
+        return Scored(batch.objective.as_written(sums(batch.hidden, batch.weight)[:, None], ref_logps, batch.desirable))
 
     return loss_of
 
@@ -219,3 +230,5 @@ PEERS = {
     "quack": Peer("quack linear_cross_entropy_func, in place", _quack),
     "quack-chunked": Peer("quack chunked_linear_cross_entropy, a call a sequence", _quack_chunked),
 }
+# Objective → the peers that compute it by a function of their own, in place of those of the same key.
+INSTEAD = {KTO: {}, DPO: {"liger": Peer("Liger LigerFusedLinearDPOLoss, compiled", _liger_dpo)}}

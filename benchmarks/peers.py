@@ -13,9 +13,8 @@ from torch import Tensor
 
 from kto_kernels import kto_loss
 
+from .objective import BETA, KL, kto_from_token_logps
 from .selection import Peer, Setting
-
-BETA, KL = 0.1, 0.05
 
 
 @dataclass
@@ -28,12 +27,6 @@ class Batch:
 
 LossOf = Callable[[Batch, Tensor], Tensor]
 NAIVE = "naive PyTorch"
-
-
-def kto_from_token_logps(token_logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
-    """The loss from token log-probabilities, as trainers write it."""
-    margin = BETA * (token_logps.float().sum(-1) - ref_logps - KL)
-    return (1 - torch.sigmoid(torch.where(desirable, margin, -margin))).mean().float()
 
 
 def naive_token_logps(logits: Tensor, labels: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ LOOKS = {
     ("kto_loss", "cuda"): Look(BLUE, "s", SOLID, ours=True),
     ("kto_loss", "torch"): Look(BLUE, "d", DOT, ours=True),
     ("kto_loss",): Look(BLUE, "o", SOLID, ours=True),
+    ("preference_loss", "cuda"): Look(BLUE, "s", SOLID, ours=True),
+    ("preference_loss",): Look(BLUE, "o", SOLID, ours=True),
     ("compile", "naive"): Look(MUTED, "X", LONG),
     ("naive", "scored"): Look(MUTED, "+", SOLID),
     ("naive",): Look(MUTED, "x", DOT),
@@ -104,6 +106,7 @@ LOOKS = {
     ("TRL",): Look(ORANGE, "v", SOLID),
     ("trl",): Look(ORANGE, "v", SOLID),
     ("Liger", "KTO"): Look(GREEN, "^", SOLID),
+    ("Liger", "DPO"): Look(GREEN, "^", SOLID),
     ("Liger",): Look(GREEN, "^", DASH),
     ("F.linear_cross_entropy",): Look(PURPLE, "D", SOLID),
     ("quack", "chunked"): Look(OLIVE, "P", DASH),
@@ -445,6 +448,9 @@ def why_above(variants: dict[str, list[tuple[int, float]]], ceiling: float) -> l
     return [line for why in reasons for line in textwrap.wrap(why, 30)]
 
 
+LOSS = {"linear": "the loss", "linear-dpo": "the DPO loss"}
+
+
 def linear_pictures(result: dict) -> dict[str, Figure]:
     """For each kind of head, the time of every variant over that of the floor, which is the first of a case."""
     return {suffix: linear_picture(result, head, cases) for head, suffix, cases in by_head(result)}
@@ -469,7 +475,7 @@ def linear_picture(result: dict, head: str, cases: list[dict]) -> Figure:
         values[-1] |= {name: (0.0, reason(why)) for name, why in case["absent"].items() if has_failed(why)}
     end = min(CUT, max((length for variants in values for length, _ in variants.values()), default=1.0))
     picture = bar_picture(
-        f"Time of the loss from hidden states, {head} head, in units of its bare matrix products",
+        f"Time of {LOSS[result['benchmark']]} from hidden states, {head} head, in units of its bare matrix products",
         "Policy and reference, forward and backward, medians. Dashed: the matrix products alone, unchunked, into buffers "
         "that are there." + (f" A bar that ends in » is longer than {CUT}×." if end == CUT else ""),
         result,
@@ -708,6 +714,7 @@ def write_inside(axes: Axes, bar: BarContainer, color: str) -> None:
 PICTURES = {
     "logits": logits_pictures,
     "linear": linear_pictures,
+    "linear-dpo": linear_pictures,
     "memory": memory_pictures,
     "longcontext": longcontext_pictures,
     "step": step_pictures,

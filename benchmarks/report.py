@@ -20,7 +20,7 @@ from .logits import FORWARD, FRESH, INPLACE, PASSES, YARDSTICK
 from .measure import DTYPES
 from .peers import NAIVE
 
-OURS = ("kto_loss", "linear_kto_loss", step.OURS)
+OURS = ("kto_loss", "linear_kto_loss", "linear_preference_loss", step.OURS)
 Table = tuple[str, list[list[str]]]  # its title, and rows, the first of them the head
 
 
@@ -443,6 +443,7 @@ BENCHMARKS = {
     "ceilings": Shown(ceilings_tables),
     "logits": Shown(logits_tables, logits_notes),
     "linear": Shown(linear_tables, linear_notes),
+    "linear-dpo": Shown(linear_tables, linear_notes),
     "memory": Shown(memory_tables, memory_notes),
     "longcontext": Shown(longcontext_tables, longcontext_notes),
     "step": Shown(step_tables),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from .objective import KTO
+
 SEQUENCES = 4
 
 
@@ -20,6 +22,7 @@ class Shape:
     sequences: int = SEQUENCES
     budget: int | None = None  # max_logits_bytes of ours
     sweep: str | None = None  # what is varied
+    objective: str = KTO  # the loss, a name of OBJECTIVES
 
     @property
     def completion(self) -> int:

@@ -29,10 +29,10 @@ def quick(tmp_path_factory):
     @functools.cache
     def quick(name: str, *options: str) -> tuple[dict, str]:
         file = tmp_path_factory.mktemp(name) / f"{name}-cpu.json"
-        command = [name, "--quick", "--device", "cpu", "--json", str(file), *options]
+        command = [*COMMANDS.get(name, [name]), "--quick", "--device", "cpu", "--json", str(file), *options]
         if name == "step" and not options:
             command += ["--batch", "2", "--dtype", "fp32"]
-        if name in ("logits", "linear", "longcontext", "memory"):
+        if name in ("logits", "linear", "linear-dpo", "longcontext", "memory"):
             command += [
                 "--peers",
                 "naive",
@@ -55,6 +55,7 @@ def quick(tmp_path_factory):
     return quick
 
 
+COMMANDS = {"linear-dpo": ["linear", "--objective", "dpo"]}  # results file → its command, where that is another name
 MINE = "linear_kto_loss, cpu"
 
 
@@ -87,19 +88,21 @@ def test_the_table_of_logits_shows_every_row_and_share(quick):
     assert all(share.endswith(" %") for share, row in zip(shares, rows) if row[0] != "logits.sum()")
 
 
-def test_results_from_hidden_states(quick, tmp_path, monkeypatch):
-    result, _ = quick("linear")
+@pytest.mark.parametrize("benchmark, mine", [("linear", MINE), ("linear-dpo", "linear_preference_loss, cpu")])
+def test_results_from_hidden_states(quick, benchmark, mine, tmp_path, monkeypatch):
+    result, _ = quick(benchmark)
     (case,) = result["cases"]
     assert (case["N"], case["tokens"], case["head"]) == (128, 192, "trained")  # a third of the tokens are prompts
     floor = "bare GEMMs, 4G"
     timed = set(case["seconds"])
-    assert timed == {floor, peers.NAIVE, MINE} and not case["absent"]
+    assert timed == {floor, peers.NAIVE, mine} and not case["absent"]
     assert case["peak extra bytes"].keys() == timed - {floor} and all(case["peak extra bytes"].values())
-    (tmp_path / "linear-cpu.json").write_text(json.dumps(result))
+    assert report.best_peer({name: took for name, took in case["seconds"].items() if name != floor}) == peers.NAIVE
+    (tmp_path / f"{benchmark}-cpu.json").write_text(json.dumps(result))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    section = report.section(report.PAGE, "linear-cpu")
+    section = report.section(report.PAGE, f"{benchmark}-cpu")
     assert "LinearPlan" in section and all(f"| {name} | fp32 |" in section for name in timed)
-    assert report.section(report.PAGE, "linear-cuda") == "not measured"
+    assert report.section(report.PAGE, f"{benchmark}-cuda") == "not measured"
 
 
 def beside(tmp_path, monkeypatch, benchmark: str, *cases: dict) -> list[list]:

@@ -1,6 +1,8 @@
 """The gate before each timing: every peer, on a batch with prompts and one without, computes the loss; a softcap is known or
 refused; a wrong result times nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,18 +11,23 @@ from benchmarks import (
     linear,
     linear_peers,
     logits,
+    objective,
     peers,
     selection,
 )
 from benchmarks.shapes import Shape
 
+PAIRS = replace(Shape(16, 12, 40), **linear.PAIRS)
+
 
 @pytest.mark.parametrize(
-    "key, softcap", [(key, softcap) for key in linear_peers.PEERS for softcap in (None, 2.0) if key != "compile"]
+    "key, softcap, loss",
+    [(key, softcap, objective.KTO) for key in linear_peers.PEERS for softcap in (None, 2.0) if key != "compile"]
+    + [(key, None, objective.DPO) for key in ("naive", "scored", "trl", "liger", "torch")],
 )
-def test_peers_compute_the_same_or_say_why_not(key, softcap):
-    shape = Shape(16, 12, 40, softcap=softcap)
-    name = linear_peers.PEERS[key].name
+def test_peers_compute_the_same_or_say_why_not(key, softcap, loss):
+    shape = replace(Shape(16, 12, 40, softcap=softcap), objective=loss)
+    name = linear.peers_of(loss)[key].name
     setting = linear.Setting("cpu", torch.float32, shape)
     variants, absent = linear.variants_of(setting, (key,), ())
     if softcap and key in ("liger", "torch"):
@@ -56,11 +63,37 @@ def test_the_gate_sees_a_gradient_of_prompts():
     assert "hidden gradient" in refused["scores prompts"]
 
 
-def test_the_truth_by_slices_is_that_of_autograd(monkeypatch):
+def test_the_gate_sees_pairs_taken_wrong_and_a_reference_forgotten():
+    """Chosen and rejected in turn, the halves exchanged, no reference, and the loss of single sequences."""
+    batch = linear.make_batch(PAIRS, linear.TRAINED, torch.float32)
+    of_pairs = objective.OBJECTIVES[objective.DPO]
+
+    def written(formula):
+        record = replace(of_pairs, as_written=formula)
+        return lambda batch: linear_peers.naive(replace(batch, objective=record))
+
+    def reordered(order):
+        def formula(token_logps, ref_logps, desirable):
+            return objective.dpo_from_token_logps(token_logps[order], ref_logps[order], desirable)
+
+        return formula
+
+    wrong = {
+        "in turn": reordered([0, 2, 4, 6, 1, 3, 5, 7]),
+        "exchanged": reordered([4, 5, 6, 7, 0, 1, 2, 3]),
+        "no reference": lambda x, ref, liked: objective.dpo_from_token_logps(x, torch.zeros_like(ref), liked),
+        "single": objective.kto_from_token_logps,
+    }
+    _, refused, _ = linear.gated(batch, {name: written(formula) for name, formula in wrong.items()}, "fp32")
+    assert refused.keys() == wrong.keys() and all("differs" in why for why in refused.values())
+
+
+@pytest.mark.parametrize("loss", objective.OBJECTIVES)
+def test_the_truth_by_slices_is_that_of_autograd(loss, monkeypatch):
     """fp64 autograd over everything at once against the sliced truth, with slices that do not divide the sizes."""
     monkeypatch.setattr(linear, "FP64_ROWS", 7)
     monkeypatch.setattr(linear, "FP64_WORDS", 11)
-    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0), linear.TRAINED, torch.float64)
+    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0, objective=loss), linear.TRAINED, torch.float64)
     truth = linear.Truth(batch)
     errors = truth.errors_of(linear.with_gradients(in_fp64, batch))
     assert set(errors) == {"loss", "token log-probs", "hidden gradient", "weight gradient"}
@@ -74,8 +107,13 @@ def in_fp64(batch):
         return logps * (batch.labels != linear_peers.IGNORED)
 
     logps = token_logps(batch.hidden, batch.weight)
-    margin = peers.BETA * ((logps - token_logps(batch.ref_hidden, batch.ref_weight)).sum(-1) - peers.KL)
-    loss = (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean()
+    ratios = (logps - token_logps(batch.ref_hidden, batch.ref_weight)).sum(-1)
+    if batch.objective.paired:
+        first, second = ratios[:2], ratios[2:]
+        loss = torch.log1p(torch.exp(-peers.BETA * (first - second))).mean()
+    else:
+        margin = peers.BETA * (ratios - peers.KL)
+        loss = (1 - torch.sigmoid(torch.where(batch.desirable, margin, -margin))).mean()
     return linear_peers.Scored(loss, logps.detach())
 
 
@@ -104,9 +142,10 @@ def test_the_gate_knows_luck_from_error():
                 hold(what, wrong)
 
 
-def test_the_spread_of_the_loss_is_what_chance_makes_of_it():
+@pytest.mark.parametrize("loss_name", objective.OBJECTIVES)
+def test_the_spread_of_the_loss_is_what_chance_makes_of_it(loss_name):
     """Errors of either sign in every token's log-probability, drawn again and again, and the losses that they make."""
-    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0), linear.TRAINED, torch.float64)
+    batch = linear.make_batch(Shape(16, 12, 40, softcap=3.0, objective=loss_name), linear.TRAINED, torch.float64)
     truth = linear.Truth(batch)
     scored, size = batch.labels != linear_peers.IGNORED, 1e-4
     loss = truth.values["loss"]
@@ -119,7 +158,7 @@ def test_the_spread_of_the_loss_is_what_chance_makes_of_it():
             return (size * signs * scored).sum(-1)
 
         r = truth.log_ratios + sums() - sums()
-        return gate.true_loss_and_slopes(r, batch.desirable)[0] - loss
+        return batch.objective.loss(r, batch.desirable) - loss
 
     losses = torch.stack([drawn(seed) for seed in range(2000)])
     assert gate.rms(losses) == pytest.approx(size * truth.spread, rel=0.05)

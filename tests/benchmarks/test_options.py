@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def names_in(node: ast.ImportFrom) -> set[str]:
     return {alias.name for alias in node.names}
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [*BENCHMARKS, linear.BENCHMARKS["dpo"]], ids=lambda benchmark: benchmark.name)
 def test_every_benchmark_is_a_whole_record(benchmark):
     """Each device that it runs on has its defaults, and its results are shown and have a place in the documents."""
     shown = report.BENCHMARKS[benchmark.name]
@@ -91,3 +92,28 @@ def test_every_head_is_measured_by_default():
             models = {job.shape.model for job in jobs(args)}
             if (benchmark, device) != (memory, "cpu"):  # there `linear` measures their memory
                 assert models >= {of_model(name, 1).model for name in MODELS}
+
+
+def test_the_objective_chooses_the_benchmark(capsys):
+    """Without it, KTO as ever; with `dpo` a benchmark of that name, whose shapes, those asked for too, are pairs."""
+    for options in ([], ["--objective", "kto"]):
+        assert parser().parse_args(["linear", *options]).benchmark is linear.BENCHMARK
+    for options in ([], ["--shapes", "smollm2", "2048,16,32"], ["--quick"]):
+        args = parser().parse_args(["linear", "--objective", "dpo", "--device", "cpu", *options])
+        settle(args)
+        assert args.benchmark.name == "linear-dpo"
+        assert {(job.shape.objective, job.shape.sequences) for job in jobs(args)} == {("dpo", 8)}
+    (job,) = args.benchmark.shapes.jobs("cpu")
+    assert (job.shape.scored, job.shape.completion, job.shape.model) == (2048, 256, "SmolLM2-135M")
+    assert {job.shape.objective for job in linear.jobs("cpu")} == {"kto"}
+    with pytest.raises(SystemExit):
+        parser().parse_args(["linear", "--objective", "ipo"])
+    assert "'ipo' is not known; expected kto or dpo" in capsys.readouterr().err
+
+
+def test_the_plan_is_that_of_pairs():
+    """A budget for the rows of one sequence: KTO closes each in a chunk, and half of a pair is projected again."""
+    of_one = Shape(8, 16, 1024, sequences=2, budget=4 * 1024 * 4)
+    of_pair = replace(of_one, objective="dpo")
+    single, pair = (linear.plan_of(shape, "fp32", linear.TRAINED, "cpu") for shape in (of_one, of_pair))
+    assert (single.rows, single.gemm_units) == (8, 3.0) and (pair.rows, pair.gemm_units) == (8, 3.5)

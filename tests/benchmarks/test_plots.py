@@ -434,6 +434,15 @@ def test_names_move_apart_and_no_further(boxes, low):
         assert centres == pytest.approx(wanted)
 
 
+def test_the_picture_of_pairs_says_so_and_has_a_file_of_its_own():
+    result = linear_result() | {"benchmark": "linear-dpo"}
+    figures = plots.figures(result)
+    assert list(figures) == ["linear-dpo-cuda.svg", "linear-dpo-cuda-frozen.svg"]
+    assert all("the DPO loss from hidden states" in figure.texts[0].get_text() for figure in figures.values())
+    names = ["linear_preference_loss, cpu", "Liger LigerFusedLinearDPOLoss, compiled"]
+    assert [(look.ours, look.marker) for look in map(plots.look, names)] == [(True, "o"), (False, "^")]
+
+
 def test_overlapping_names_meet_half_way():
     assert plots.spread([10, 12, 50], [6, 6, 6], 0, 100) == pytest.approx([8, 14, 50])
 
