@@ -1,4 +1,4 @@
-"""A LoRA adapter on the head under `FusedKTOTrainer`, which TRL refuses: loss and gradients are those of the model's own
+"""A LoRA adapter on the head under the fused trainers, which TRL refuses: loss and gradients are those of the model's own
 logits."""
 
 from unittest import mock
@@ -14,11 +14,13 @@ pytest.importorskip("peft")
 import peft
 import trl
 
-from kto_kernels import kto_loss
+from kto_kernels import kto_loss, preference_loss
 from kto_kernels.integrations import trl_head
-from kto_kernels.integrations.trl import FusedKTOTrainer, patch_trl
+from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch_trl
+from kto_kernels.integrations.trl_trainer import labels_of
+from kto_kernels.objectives import DPO
 from kto_kernels.ops import linear as operators
-from tests.support.trl_harness import MODELS, SIZE, make_tokenizer, rows, train
+from tests.support.trl_harness import MODELS, SIZE, make_tokenizer, pairs, rows, train
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,27 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(name, bias, train
     assert found.keys() == expected.keys() == {n for n, p in made.model.named_parameters() if p.requires_grad}
     of_head = [name for name in found if "lm_head" in name]
     assert len(of_head) == 2 and all("lora_" in name for name in found)
+    for name, grad in found.items():
+        assert expected[name].abs().max() > 0
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loss_and_gradients_of_pairs_are_those_of_the_models_own_logits(tokenizer, tmp_path):
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to=[], bf16=False,
+        gradient_checkpointing=False, max_length=32
+    )  # fmt: skip
+    made = FusedDPOTrainer(llama(), args=args, train_dataset=pairs(8), processing_class=tokenizer, peft_config=lora())
+    batch = next(iter(made.get_train_dataloader()))
+    policy, labels = made.accelerator.unwrap_model(made.model), labels_of(batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mine, logits = made.compute_loss(made.model, batch), policy(**inputs).logits
+    with torch.no_grad(), policy.disable_adapter():
+        ref_logits = policy(**inputs).logits
+    theirs = preference_loss(logits, labels, DPO(made.beta), ref_logits=ref_logits, shift=True).loss
+    torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-5, atol=1e-6)
+    found, expected = gradients(made, mine), gradients(made, theirs)
+    assert found.keys() == expected.keys() and sum("lm_head" in name for name in found) == 2
     for name, grad in found.items():
         assert expected[name].abs().max() > 0
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
