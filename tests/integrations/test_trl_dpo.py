@@ -79,7 +79,7 @@ def test_weighted_sums_of_losses_train_as_under_trl(case, tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, mine=FULL, **SUMS[case])
 
 
-@pytest.mark.wide
+@pytest.mark.wide("test_losses_train_as_under_trl")
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
 def test_models_train_as_under_trl(name, tokenizer, tmp_path):
     _, (_, history) = both(MODELS[name], tokenizer, tmp_path)
@@ -120,7 +120,6 @@ def test_options_train_as_under_trl(case, tokenizer, tmp_path):
     both(MODELS["llama"], tokenizer, tmp_path, **options)
 
 
-@pytest.mark.wide
 def test_the_reference_in_an_adapter_of_its_own(tokenizer, tmp_path):
     """TRL keeps the adapter that a PEFT model comes with as one called ref."""
     peft = pytest.importorskip("peft")
@@ -159,7 +158,6 @@ def test_a_beta_that_changes_while_training(tokenizer, tmp_path):
     assert_same_training(*runs)
 
 
-@pytest.mark.wide
 def test_compute_metrics_gets_trls_logits(tokenizer, tmp_path):
     def compute_metrics(prediction):
         logits, ids = prediction.predictions, prediction.label_ids
@@ -257,11 +255,6 @@ def test_images_are_refused(streamed, column, tmp_path):
     dataset = dataset.to_iterable_dataset() if streamed else dataset
     with pytest.raises(ValueError, match=f"train_dataset: expected texts, got a column '{column}'"):
         FusedDPOTrainer("no such model", train_dataset=dataset)
-
-
-def test_an_adapter_on_the_head_is_trls_own_error(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"adapter to `lm_head` is not supported.*target_modules"):
-        run(FusedDPOTrainer, MODELS["llama"], tokenizer, tmp_path, ref=False, peft=lora(target_modules=["lm_head"]))
 
 
 def test_a_replaced_forward_is_an_error(tokenizer, tmp_path):

@@ -278,10 +278,11 @@ def test_opcheck_passes_for_the_loss_and_its_backward(packed, trained, objective
     head = [
         leaf.detach().requires_grad_(needed) for leaf, needed in zip((p.hidden, p.weight, p.tensors["bias"]), trained)
     ]
-    z0, count = torch.tensor(0.3, dtype=torch.float64), len(p.desirable)
+    z0 = torch.tensor(0.3, dtype=torch.float64)
+    lengths = torch.full((len(p.desirable),), 3.0, dtype=torch.float64)
     call = linear_ops.LinearKTO(
         projected(p, head, long_sequences="defer", outputs=("mean_logits",)),
-        Judged(p.desirable, z0, p.tensors["ref_logps"], torch.full((count,), 3.0, dtype=torch.float64), z0),
+        Judged(p.desirable, z0, p.tensors["ref_logps"], lengths, nll_tokens=z0),
         Objective(0.1, 1.0, 1.2),
         Needs(*trained),
         None if objective is None else Preference(objective, "halves"),

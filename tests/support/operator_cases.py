@@ -144,7 +144,7 @@ def linear_cases(
         if labels.dim() == 2 or cu_seqlens is not None:
             lengths, tokens = torch.full((count,), 2.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
             z0 = torch.tensor(0.3, dtype=torch.float64)
-            judged = Judged(torch.arange(count) % 2 == 0, z0, None, lengths, tokens)
+            judged = Judged(torch.arange(count) % 2 == 0, z0, None, lengths, nll_tokens=tokens)
             preference = None
             if k >= 5:
                 preference = Preference(BCO(nll_weight=0.5) if count % 2 else DPO(robust=k == 6), "halves")
