@@ -80,7 +80,8 @@ lint: $(VENV)/test.stamp  ## formatting, and the types of the public interface, 
 	$(BIN)/ruff format --check .
 	rm -rf build/lib $(TYPES)
 	KTO_KERNELS_CPU=0 KTO_KERNELS_CUDA=0 $(BIN)/pip install --quiet --no-index --no-deps --no-build-isolation --target $(TYPES) .
-	cd $(TYPES) && PYTHONPATH=. $(CURDIR)/$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python --verifytypes kto_kernels \
+	packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		cd $(TYPES) && PYTHONPATH=.:$$packages $(CURDIR)/$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python --verifytypes kto_kernels \
 		--ignoreexternal --outputjson | $(CURDIR)/$(BIN)/python -c "import json, sys; score = \
 		json.load(sys.stdin)['typeCompleteness']['completenessScore']; print(f'types: {score:.1%}'); sys.exit(score < 0.99)"
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cu*')

@@ -398,7 +398,7 @@ def has_values(tensor: Tensor) -> bool:
     return get_proxy_mode() is None
 
 
-PLAIN = (Tensor, nn.Parameter)
+PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 
 
 def plain(x: Tensor | None) -> bool:

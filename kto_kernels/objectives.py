@@ -265,6 +265,8 @@ class RewardShift(nn.Module):
         tensor(0.2000, dtype=torch.float64)
     """
 
+    sums: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))  # of rewards, and their number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def neighbours(halves: Tensor) -> Tensor:
     return halves.view(2, -1).t().flatten()
 
 
-def neighbours_of(halves: list) -> list:
+def neighbours_of(halves: list[Any]) -> list[Any]:
     """`neighbours` of a list."""
     count = len(halves) // 2
     return [value for pair in zip(halves[:count], halves[count:]) for value in pair]

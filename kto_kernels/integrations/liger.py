@@ -17,8 +17,8 @@ from .. import checks, reference
 from ..loss import linear_kto_loss
 from ..parallel import dtensor
 from ..stages import linear_token_logps, sequence_logps
-from .liger_base import LigerLoss, check_policy, check_reference, logits_sums
-from .liger_pairs import (
+from ._liger_base import LigerLoss, check_policy, check_reference, logits_sums
+from ._liger_pairs import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
     LigerFusedLinearORPOLoss,

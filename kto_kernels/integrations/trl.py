@@ -24,10 +24,10 @@ trl_kernels: ModuleType = load("trl.kernels", "kto_kernels.integrations.trl", "t
 from trl import KTOTrainer  # noqa: E402 - after `load`, whose error says what is missing
 from trl.trainer import kto_trainer  # noqa: E402
 
-from .trl_dpo import FusedDPOTrainer as FusedDPOTrainer  # noqa: E402
+from ._trl_dpo import FusedDPOTrainer as FusedDPOTrainer  # noqa: E402
+from ._trl_trainer import FusedTrainer, Policy, check_trl, labels_of  # noqa: E402
 from .trl_head import add_fused_lm_head, add_unverified  # noqa: E402
 from .trl_scoring import AROUND, ChunkedLogProbFunction  # noqa: E402
-from .trl_trainer import FusedTrainer, Policy, check_trl, labels_of  # noqa: E402
 
 _log: list = []
 

@@ -15,8 +15,8 @@ import trl
 from datasets import Dataset
 
 from kto_kernels import linear_kto_loss, linear_token_logps
+from kto_kernels.integrations import _trl_trainer
 from kto_kernels.integrations import trl as ours
-from kto_kernels.integrations import trl_trainer
 from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch_trl, unpatch_trl
 from tests.support.trl_harness import MODELS, SIZE, assert_same_training, make_tokenizer, rows, train
 
@@ -266,7 +266,7 @@ def test_patch_trl_is_undone_and_may_be_repeated():
 
 
 def test_an_unknown_trl_is_an_error(monkeypatch):
-    monkeypatch.setattr(trl_trainer, "version", lambda _: "trl 2.0.0")
+    monkeypatch.setattr(_trl_trainer, "version", lambda _: "trl 2.0.0")
     with pytest.raises(RuntimeError, match=r"patch_trl: written for TRL 1\.16, found trl 2\.0\.0"):
         patch_trl()
     for trainer in (FusedKTOTrainer, FusedDPOTrainer):

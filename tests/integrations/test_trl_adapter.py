@@ -16,8 +16,8 @@ import trl
 
 from kto_kernels import kto_loss, preference_loss
 from kto_kernels.integrations import trl_head
+from kto_kernels.integrations._trl_trainer import labels_of
 from kto_kernels.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch_trl
-from kto_kernels.integrations.trl_trainer import labels_of
 from kto_kernels.objectives import DPO
 from kto_kernels.ops import linear as operators
 from tests.support.trl_harness import MODELS, SIZE, make_tokenizer, pairs, rows, train

@@ -187,6 +187,7 @@ class FusedTrainer(_Trainer):
 
     _CALLER: ClassVar[str]  # the trainer's name, for messages
     _THEIRS: ClassVar[ModuleType]  # the module of TRL's trainer
+    precompute_ref_logps: bool  # TRL's: whether the data has the reference's log-probabilities
 
     def __init__(self, *args: Any, verify: bool | str = True, **kwargs: Any):
         check_trl(self._CALLER)

@@ -18,7 +18,7 @@ from ..pairs import members
 from ..parallel import dtensor
 from ..preference import linear_preference_loss
 from ..stages import linear_token_logps
-from .liger_base import LigerLoss, check_policy, check_reference, check_target, logits_sums
+from ._liger_base import LigerLoss, check_policy, check_reference, check_target, logits_sums
 
 # Losses that `kto_kernels.objectives` does not have ───────────────────────────────────────────────────────────────────
 

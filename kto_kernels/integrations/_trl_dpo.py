@@ -19,7 +19,7 @@ from .. import checks, scalars
 from ..objectives import DPO, IPO, NCA, APODown, APOZero, BCOPair, Hinge, Paired, Scored, SPPOHard
 from ..pairs import Judged, Preference
 from ..preference import linear_preference_loss
-from .trl_trainer import FusedTrainer, Policy, labels_of
+from ._trl_trainer import FusedTrainer, Policy, labels_of
 
 _PAIRS = "halves"  # chosen completions, then rejected ones: as TRL's collator has them
 
