@@ -16,6 +16,7 @@ does not depend on its formula.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, TypeAlias
 
@@ -537,12 +538,14 @@ class ORPO(Paired):
         Returns:
             The differences (P,) in fp64, without unit.
         """
-        return _log_odds(chosen.mean_log_ratio) - _log_odds(rejected.mean_log_ratio)
+        return _log_odds(chosen) - _log_odds(rejected)
 
     def loss(self, chosen: Scored, rejected: Scored) -> Tensor:
         return scalars.data(self.beta) * _softplus_loss(self.log_odds_ratio(chosen, rejected))
 
 
-def _log_odds(logps: Tensor) -> Tensor:
-    """`log(p / (1 − p))` of log-probabilities: +inf where p is 1."""
+def _log_odds(scored: Scored) -> Tensor:
+    """`log(p / (1 − p))` of mean log-probabilities: +inf where p is 1, and 0, the odds of nothing known, where no token
+    is scored."""
+    logps = torch.where(scored.lengths == 0, -math.log(2), scored.mean_log_ratio)
     return logps - torch.log(-torch.expm1(logps))

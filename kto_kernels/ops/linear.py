@@ -398,7 +398,9 @@ def linear_kto(call: LinearKTO) -> LinearLoss:
         losses, _, rewards = backend.value_stages(logps, *of_loss)
     else:
         losses, rewards = preference.losses(judged, logps), preference.rewards(judged, logps)
-    by_sequence = {"sequence_logps": logps, "rewards": rewards, "slopes": coefficients.slopes}
+    # A sequence without rows has no coefficient, whatever its loss makes of nothing.
+    slopes = torch.where(rows.counts == 0, 0.0, coefficients.slopes)
+    by_sequence = {"sequence_logps": logps, "rewards": rewards, "slopes": slopes}
     if call.reordered:
         by_sequence = {name: halves(values) for name, values in by_sequence.items()}
     return LinearLoss(

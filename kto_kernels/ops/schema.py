@@ -170,6 +170,7 @@ class _Unpacked:
     floats: Iterator[float]
     ints: Iterator[int]
     names: Iterator[str]
+    read: bool  # whether the floats are the call's, and not stand-ins in a trace, which a record's checks could refuse
 
     def make(self, record: type, fields: tuple[_Field, ...]) -> Any:
         return record(*[self.value(field) for field in fields])
@@ -205,7 +206,13 @@ class _Unpacked:
         kind = _KINDS[next(self.ints)]
         if kind is Named:
             record = Named.classes[next(self.names)]
-            return record(**{field.name: self.any() for field in dataclasses.fields(record)})
+            values = {field.name: self.any() for field in dataclasses.fields(record)}
+            if self.read:
+                return record(**values)
+            made = object.__new__(record)
+            for name, value in values.items():
+                object.__setattr__(made, name, value)
+            return made
         if kind is tuple:
             return tuple([self.any() for _ in range(next(self.ints))])
         if kind is type(None):
@@ -330,9 +337,8 @@ class Operator:
             floats = floats.tolist() if read else itertools.repeat(1.0)
         tensors = [given[name] for name in self._paths]
         names = given.get("names", "").split("\n")
-        return _Unpacked(iter(tensors), iter(floats), iter(given.get("ints", [])), iter(names)).make(
-            self.call, self.fields
-        )
+        ints = iter(given.get("ints", []))
+        return _Unpacked(iter(tensors), iter(floats), ints, iter(names), read).make(self.call, self.fields)
 
     # Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

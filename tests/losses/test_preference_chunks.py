@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kto_kernels import LinearPlan, linear_preference_loss, preference_loss
-from kto_kernels.objectives import BCO, DPO, ORPO, APOZero, Paired, SimPO
+from kto_kernels.objectives import BCO, DPO, IPO, ORPO, APOZero, Paired, SimPO
 from tests.losses.test_preferences import DESIRABLE, EVERY, B, Example, H, V, expected, given, name_of
 
 every = pytest.mark.parametrize("objective", EVERY, ids=name_of)
@@ -68,6 +68,56 @@ def test_fp16_gradients_survive_small_coefficients(objective):
     for name in mine:
         error = (mine[name].grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
         assert error < 2e-3, name
+
+
+@pytest.mark.parametrize("objective", [ORPO(), SimPO(), IPO(length_normalised=True), DPO(nll_weight=1.0)], ids=name_of)
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids=["trained head", "frozen head"])
+def test_a_completion_without_a_scored_token_leaves_all_numbers_finite(objective, trained):
+    for empty in ([0], [B // 2], [0, B // 2], list(range(B))):
+        example = Example.made()
+        example.labels[empty] = -100
+        mine = leaves(example, trained=trained)
+        more = given(objective, example) | {"max_logits_bytes": 4 * V * 4, "long_sequences": "defer"}
+        out = linear_preference_loss(*mine.values(), example.labels, objective, **more)
+        out.loss.backward()
+        assert out.loss.isfinite() and all(mine[name].grad.isfinite().all() for name in trained)
+        assert not mine["hidden"].grad[empty].any()
+        assert len(empty) == B or mine["hidden"].grad.any()
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken(Paired):
+    """Its slopes are not finite where no token is scored."""
+
+    def loss(self, chosen, rejected):
+        return (rejected.log_ratio / rejected.lengths - chosen.log_ratio / chosen.lengths).nan_to_num(0.0)
+
+
+def test_a_slope_of_nothing_reaches_no_gradient():
+    example = Example.made()
+    example.labels[0] = -100
+    mine = leaves(example)
+    linear_preference_loss(*mine.values(), example.labels, PerToken(), ref_logps=example.ref_logps).loss.backward()
+    assert mine["hidden"].grad.isfinite().all() and mine["hidden"].grad.any()
+
+
+def test_compiles_with_dynamic_shapes_and_numbers():
+    """In a trace numbers that are data have stand-ins, which a record would refuse as its own."""
+    torch.compiler.reset()
+
+    def loss(hidden, weight, labels, beta, smoothing):
+        return linear_preference_loss(hidden * 1, weight, labels, DPO(beta, smoothing), max_logits_bytes=700).loss
+
+    weight, compiled = torch.randn(V, H), torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pairs, beta, smoothing in ((2, 0.1, 0.1), (3, 0.2, 0.2), (4, 0.3, 0.3)):
+        hidden, labels, results = torch.randn(2 * pairs, 5, H), torch.randint(V, (2 * pairs, 5)), []
+        for function in (loss, compiled):
+            mine = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            value = function(*mine, labels, beta, smoothing)
+            value.backward()
+            results.append([value.detach(), *(x.grad for x in mine)])
+        for eager, graph in zip(*results):
+            torch.testing.assert_close(eager, graph)
 
 
 def gemm_units(run, rows):
