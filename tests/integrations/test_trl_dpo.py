@@ -15,7 +15,7 @@ import transformers
 import trl
 from datasets import Dataset
 
-from kto_kernels.integrations import trl_dpo, trl_scoring
+from kto_kernels.integrations import _trl_dpo, trl_scoring
 from kto_kernels.integrations.trl import FusedDPOTrainer
 from tests.support.trl_harness import MODELS, assert_same_training, make_tokenizer, pairs, train
 
@@ -64,7 +64,7 @@ SUMS = {
 
 
 def test_every_loss_of_the_trainer_is_here():
-    assert LOSSES.keys() == trl_dpo._LOSSES.keys() | {"sft"}
+    assert LOSSES.keys() == _trl_dpo._LOSSES.keys() | {"sft"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -172,7 +172,7 @@ def test_a_loss_of_ours_that_is_not_trls_is_an_error(tokenizer, tmp_path, monkey
     check the value of the first step is right all the same, and the parameters are wrong."""
     arguments = (MODELS["llama"], tokenizer, tmp_path)
     plain = run(FusedDPOTrainer, *arguments, steps=1)
-    monkeypatch.setitem(trl_dpo._LOSSES, "sigmoid", trl_dpo._LOSSES["hinge"])
+    monkeypatch.setitem(_trl_dpo._LOSSES, "sigmoid", _trl_dpo._LOSSES["hinge"])
     with pytest.raises(RuntimeError, match=r"LlamaForCausalLM: the loss of the first batch is"):
         run(FusedDPOTrainer, *arguments, steps=1)
     other = run(functools.partial(FusedDPOTrainer, verify=False), *arguments, steps=1)
