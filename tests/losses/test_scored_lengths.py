@@ -12,7 +12,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kto_kernels import KTOLoss, LinearKTOLoss, checks, linear_kto_loss, linear_token_logps, sequence_logps
+from kto_kernels import (
+    KTOLoss,
+    LinearKTOLoss,
+    checks,
+    linear_kto_loss,
+    linear_preference_loss,
+    linear_token_logps,
+    objectives,
+    sequence_logps,
+)
 from kto_kernels.backends.triton import launch
 from kto_kernels.ops.schema import Operator
 from tests.losses.test_operators_numbers import graphs
@@ -210,6 +219,43 @@ def test_a_graph_can_capture_the_launches_of_triton(trained, chunks, dtype, capt
         for average in (False, True):
             results(given, TRAINED[trained], **lengths, **options, average_log_prob=average)
     assert ("sequences_kernel" in launched) == (trained == "trained")
+
+
+PREFERENCES = {
+    "margin": objectives.DPO(),
+    "means": objectives.SimPO(),
+    "two numbers": objectives.ORPO(),
+    "members apart": objectives.BCOPair(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("objective", PREFERENCES.values(), ids=PREFERENCES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_a_graph_can_capture_a_preference_loss(objective, trained, chunks, dtype, weighted, capturing):
+    given = tensors(packed=False, dtype=dtype)
+    options = options_of(chunks, dtype) | {"pairs": "interleaved" if weighted else "halves"}
+    options.pop("beta")
+    lengths = lengths_of(given)["scored_lengths"][:4]
+    given = {
+        name: given[name][:4] if name in ("hidden", "labels") else given[name]
+        for name in ("hidden", "weight", "bias", "labels")
+    }
+    if weighted:
+        options |= {"token_weights": torch.rand(given["labels"].shape), "sequence_weights": torch.rand(2)}
+        if not objective.reference_free:
+            options |= {"ref_token_logps": torch.randn(given["labels"].shape), "humanline": (-1.0, 1.5)}
+    given, options = (
+        {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in some.items()}
+        for some in (given, options)
+    )
+    leaves = [given[name].requires_grad_() for name in TRAINED[trained]]
+    with capturing:
+        out = linear_preference_loss(**given, objective=objective, scored_lengths=lengths, **options)
+        if leaves:
+            torch.autograd.grad(out.loss, leaves)
 
 
 @pytest.mark.parametrize("trained", TRAINED)
