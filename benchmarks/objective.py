@@ -31,7 +31,7 @@ class Objective:
         return self.record.coupling if isinstance(self.record, Paired) else None
 
     def desirable(self, sequences: int, device: str) -> Tensor:
-        """(sequences,) bool. Of pairs the first half is chosen, as TRL and Liger have it."""
+        """(sequences,) bool. The first half of pairs is chosen, as TRL and Liger have it."""
         index = torch.arange(sequences, device=device)
         return index < sequences // 2 if self.paired else index % 4 != 1
 

@@ -31,7 +31,7 @@ class Preference:
             f"objective.{name}": value for name, value in numbers.items()
         }
 
-    # What a walk over chunks needs to know ────────────────────────────────────────────────────────────────────────────
+    # Facts that a walk over chunks needs ──────────────────────────────────────────────────────────────────────────────
 
     @property
     def compares(self) -> bool:

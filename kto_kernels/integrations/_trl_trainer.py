@@ -94,7 +94,7 @@ class Policy:
         self.labels = labels
         self.compute = loss
         self.kl_logps = kl_logps
-        # Of the forward: the loss with the model's outputs that go into TRL's, and a 0 that carries the loss's gradient.
+        # Results of the forward: the loss, the model's outputs that TRL's loss takes, a 0 that carries the gradient.
         self.loss: Tensor | None = None
         self.logps: Tensor | None = None  # (B,)
         self.aux_loss: Tensor | None = None
@@ -305,7 +305,7 @@ class FusedTrainer(_Trainer):
             policy, batch = self._prepared(model, inputs)
             mine = self._trls_step(policy, batch, False)
         self._metrics, self._total_train_tokens = metrics, tokens
-        # Of a sum over at most `longest` tokens, whose rounding errors have random signs: four standard deviations.
+        # Four standard deviations of a sum over at most `longest` tokens, whose rounding errors have random signs.
         longest = max(int(inputs[name].sum(-1).max()) for name in inputs if name.endswith("completion_mask"))
         models = [each for each in (self.model, self.ref_model) if each is not None]
         allowed = self._rounding_of_the_loss(policy, batch, 4 * math.sqrt(longest) * max(map(rounding, models)))
