@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(name, bias, train
     of_head = [name for name in found if "lm_head" in name]
     assert len(of_head) == 2 and all("lora_" in name for name in found)
     for name, grad in found.items():
-        assert expected[name].abs().max() > 0
+        assert expected[name].abs().max() > 1e-4  # which zeros do not pass
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -120,7 +120,7 @@ def test_loss_and_gradients_of_pairs_are_those_of_the_models_own_logits(tokenize
     found, expected = gradients(made, mine), gradients(made, theirs)
     assert found.keys() == expected.keys() and sum("lm_head" in name for name in found) == 2
     for name, grad in found.items():
-        assert expected[name].abs().max() > 0
+        assert expected[name].abs().max() > 1e-4  # which zeros do not pass
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
