@@ -180,7 +180,7 @@ def test_trainers_under_the_patch_apply_an_adapter_inside_of_a_model(tokenizer, 
         mine = torch.autograd.grad(found.log_probs.sum(), weights)
         theirs = torch.autograd.grad(expected.sum(), weights)
     for x, y in zip(mine, theirs):
-        assert y.abs().max() > 0
+        assert y.abs().max() > 1e-2  # which zeros do not pass
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 

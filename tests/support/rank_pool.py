@@ -75,7 +75,7 @@ def _work(rank: int, file: str, connection) -> None:
 
 
 def forking(*modules: str) -> multiprocessing.context.BaseContext:
-    """Starts processes as forks of one that has imported the modules: they are imported once. The first call of a session
+    """Starts processes as forks of one that has imported the modules: they are imported once. The first call of a test run
     names them. A process that has looked for a GPU cannot be forked: where there is one, each imports them itself."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
